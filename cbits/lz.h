@@ -53,6 +53,214 @@ struct lz_extent {
 /* cffi: end */
 
 /* cffi: engine */
+/* What a page is to its task: two bits a page, 32 pages a 64-bit word, first page in the lowest bits. */
+enum lz_state {
+	LZ_MISSING = 0, /* never installed: a fault gets what the table says of it */
+	LZ_ASKED = 1,   /* on its way from a remote source, or held back because its bytes cannot be had */
+	LZ_PRESENT = 2, /* installed, by us or by the restorer */
+	LZ_REMOVED = 3, /* the task dropped it: a fault gets zeros */
+};
+
+/* A run of a task's address space that the engine serves, as the caller names it: a lazy VMA of the mm image. */
+struct lz_vma {
+	uint64_t start; /* image address; also the run address at the time of the handshake */
+	uint64_t end;
+};
+
+/* A run of a task's address space that the engine serves. Regions are sorted by start and disjoint. */
+struct lz_region {
+	uint64_t start;       /* run address */
+	uint64_t pages;
+	uint64_t image_start; /* image address of the page at start */
+	uint64_t state_index; /* number of the first page's state in the space's states */
+	uint64_t fill_page;   /* no image page before this page of the region is missing */
+	uint32_t extent_hint; /* where the last search in the table ended; never trusted unchecked */
+	uint32_t flags;       /* LZ_REGION_* */
+};
+
+enum lz_region_flags {
+	LZ_REGION_DONE = 1, /* no image page of it is missing */
+};
+
+/*
+ * What the engine knows of one task's address space: which run address shows which image address, and the state of
+ * every page. Lives in the arena, so offsets instead of pointers. Pure data: no system call is made on it.
+ */
+struct lz_space {
+	uint64_t table_offset;   /* struct lz_table, shared with the forks of the task */
+	uint64_t regions_offset; /* struct lz_region[region_capacity] */
+	uint64_t states_offset;  /* uint64_t[], two bits a page */
+	uint64_t state_pages;
+	uint32_t regions;
+	uint32_t region_capacity;
+};
+
+/* A run of missing pages that have one source and are contiguous in the task and in the source. */
+struct lz_run {
+	uint64_t start;  /* run address */
+	uint64_t pages;
+	uint64_t offset; /* bytes into the source */
+	uint64_t page;   /* number of the first page inside its region */
+	uint16_t source;
+	uint8_t kind;    /* LZ_KIND_DUMPED or LZ_KIND_REMOTE */
+};
+
+struct lz_arena;
+
+/*
+ * The arena: one memfd that holds all state another process would need to go on. Owned by the caller; all spaces in
+ * it die with it. Returns NULL and -errno in *error.
+ */
+struct lz_arena *lz_arena_new(int *error);
+void lz_arena_free(struct lz_arena *arena);
+
+/*
+ * Make a space over a copy of the extents (sorted, disjoint) and one region a VMA (sorted, disjoint, page-aligned).
+ * Every page is missing. -EINVAL for rows out of order, -ENOMEM.
+ */
+int lz_space_init(struct lz_arena *arena, struct lz_space *space, const struct lz_extent *extents, uint64_t count,
+		  const struct lz_vma *vmas, uint32_t vma_count);
+/* Make a copy for the child of a fork: same regions and states, the table shared. */
+int lz_space_fork(struct lz_arena *arena, const struct lz_space *parent, struct lz_space *child);
+void lz_space_drop(struct lz_arena *arena, struct lz_space *space);
+
+/* The layout events, as the kernel reports them: run addresses, page-aligned. */
+int lz_space_remap(struct lz_arena *arena, struct lz_space *space, uint64_t from, uint64_t to, uint64_t length);
+int lz_space_unmap(struct lz_arena *arena, struct lz_space *space, uint64_t start, uint64_t end);
+void lz_space_remove(struct lz_arena *arena, struct lz_space *space, uint64_t start, uint64_t end);
+
+/* Number of the region that holds a run address, or -1. */
+int64_t lz_space_find(struct lz_arena *arena, const struct lz_space *space, uint64_t address);
+const struct lz_region *lz_space_region(struct lz_arena *arena, const struct lz_space *space, uint32_t number);
+enum lz_state lz_space_state(struct lz_arena *arena, const struct lz_space *space, uint64_t address);
+void lz_space_mark(struct lz_arena *arena, struct lz_space *space, uint64_t start, uint64_t pages,
+		   enum lz_state state);
+/*
+ * Find the first run of missing image pages (dumped or remote) in pages [page, limit_page) of a region; at most
+ * max_pages long. Returns 1 and *run, or 0 where there is none.
+ */
+int lz_space_next_missing(struct lz_arena *arena, struct lz_space *space, uint32_t region, uint64_t page,
+			  uint64_t limit_page, uint64_t max_pages, struct lz_run *run);
+/* Count the image pages that are missing in a range of run addresses. */
+uint64_t lz_space_count_missing(struct lz_arena *arena, struct lz_space *space, uint64_t start, uint64_t end);
+
+enum lz_fill {
+	LZ_FILL_OFF = 0, /* on demand only: faults and their neighbours */
+	LZ_FILL_FULL = 1,
+};
+
+struct lz_config {
+	uint32_t workers;    /* threads; tasks are dealt out over them */
+	uint32_t fill;       /* enum lz_fill */
+	uint64_t fill_rate;  /* bytes a second over all tasks, 0: no limit */
+	uint32_t fault_around_pages; /* window of a fault that shows no pattern; 1: the page alone */
+};
+
+/* One thing worth telling, from a worker to whoever reports. */
+enum lz_notice_kind {
+	LZ_NOTICE_TASK_FILLED = 1,     /* every image page of the task is in; its uffd is closed */
+	LZ_NOTICE_TASK_GONE = 2,       /* its memory is gone: it exited, was killed or called exec */
+	LZ_NOTICE_FORKED = 3,          /* task is the child's number, value the parent's */
+	LZ_NOTICE_UNREADABLE = 4,      /* value pages at address poisoned: their bytes cannot be read; error why */
+	LZ_NOTICE_HELD = 5,            /* as UNREADABLE, but the kernel cannot poison: their faults stay blocked */
+	LZ_NOTICE_SOURCE_CHANGED = 6,  /* the pages image (source) was written or cut while it was served */
+	LZ_NOTICE_TASK_FAILED = 7,     /* the task cannot be served any more: error why; its missing pages are poisoned */
+	LZ_NOTICE_LOST = 8,            /* value notices were dropped because nobody read them */
+	LZ_NOTICE_SUSPECT = 9,         /* pages at address may have been installed from a source that was cut meanwhile */
+};
+
+struct lz_notice {
+	uint32_t kind;
+	uint32_t task;
+	uint64_t address; /* run address */
+	uint64_t value;
+	uint32_t source;
+	int32_t error; /* -errno */
+};
+
+enum lz_task_status {
+	LZ_TASK_PREPARED = 0, /* loaded; its uffd has not come yet */
+	LZ_TASK_SERVING = 1,
+	LZ_TASK_FILLED = 2,
+	LZ_TASK_GONE = 3,
+	LZ_TASK_FAILED = 4,
+};
+
+struct lz_task_info {
+	int32_t image_pid;
+	int32_t run_pid;      /* 0: not known (a fork event names no pid) */
+	uint32_t status;      /* enum lz_task_status */
+	int32_t parent;       /* number of the task it was forked from, or -1 */
+	uint64_t image_pages; /* dumped or remote pages in its regions when it was prepared or forked */
+	uint64_t left_pages;  /* of those, how many are still missing */
+};
+
+#define LZ_LATENCY_BUCKETS 512
+
+/* Sums over all workers. Counted since the engine started. */
+struct lz_totals {
+	uint64_t faults;              /* messages read */
+	uint64_t fault_copied_pages;  /* installed by a fault: its page and its neighbours */
+	uint64_t fill_copied_pages;   /* installed in the background */
+	uint64_t zero_pages;          /* installed by ZEROPAGE */
+	uint64_t present_pages;       /* were there already: EEXIST, or a fault on an installed page */
+	uint64_t poisoned_pages;
+	uint64_t dropped_pages;       /* missing image pages that the task unmapped or dropped before they were read */
+	uint64_t image_pages;         /* to be installed, over all tasks, forks included */
+	uint64_t left_pages;          /* still missing */
+	uint64_t forks, remaps, removes, unmaps;
+	uint64_t again;               /* EAGAIN: the layout was changing */
+	uint64_t unregistered_pages;  /* handed back to the kernel before the end */
+	uint64_t fault_ns_max;
+	uint64_t fault_ns_sum;
+	uint64_t fill_ns;             /* time spent in background copies */
+	/* Latency of faults, at most: from the last moment the queue was seen empty until the page was in.
+	 * Bucket of x ns: x < 16: x; else 16 * (exponent - 3) + next four bits below the leading one. */
+	uint64_t fault_ns[LZ_LATENCY_BUCKETS];
+	uint32_t tasks;   /* ever attached, forks included */
+	uint32_t serving; /* status LZ_TASK_SERVING now */
+};
+
+struct lz_engine;
+
+/* Make an engine; no thread runs yet. NULL and -errno in *error. The caller frees it. */
+struct lz_engine *lz_engine_new(const struct lz_config *config, int *error);
+/* Add a pages image: fd is duplicated and mapped. Returns its number, the `source` of extents, or -errno. */
+int lz_engine_add_source(struct lz_engine *engine, int fd);
+/* Prepare a task: its table and regions are copied in and checked. Returns the task's number or -errno. */
+int lz_engine_prepare(struct lz_engine *engine, int image_pid, const struct lz_extent *extents, uint64_t count,
+		      const struct lz_vma *vmas, uint32_t vma_count);
+/* Start the workers. */
+int lz_engine_start(struct lz_engine *engine);
+/* Give a prepared task its uffd (ownership passes on success) and its pid as seen from here (0: not known). */
+int lz_engine_attach(struct lz_engine *engine, uint32_t task, int uffd, int run_pid);
+/* The restore is finished: every range is registered, background fill may start. */
+void lz_engine_finish_restore(struct lz_engine *engine);
+/* From now on fill fully and without a limit, whatever the configuration said. */
+void lz_engine_hurry(struct lz_engine *engine);
+/*
+ * Give up: poison every missing image page of every task, then close the uffds and end the workers. A task that runs
+ * on gets SIGBUS where a byte cannot be had, never zeros. Blocks until done.
+ */
+void lz_engine_abandon(struct lz_engine *engine);
+/* End the workers; the uffds stay open until lz_engine_free. */
+void lz_engine_stop(struct lz_engine *engine);
+void lz_engine_free(struct lz_engine *engine);
+
+/* Readable when there is a notice or a task's status changed; owned by the engine. */
+int lz_engine_notify_fd(struct lz_engine *engine);
+/* Take one notice: 1 and *notice, or 0. */
+int lz_engine_next_notice(struct lz_engine *engine, struct lz_notice *notice);
+void lz_engine_totals(struct lz_engine *engine, struct lz_totals *totals);
+int lz_engine_task(struct lz_engine *engine, uint32_t task, struct lz_task_info *info);
+/* Smallest number of ns such that the given share (0..1) of faults took at most that; 0 without faults. */
+uint64_t lz_latency_quantile(const struct lz_totals *totals, double share);
+
+/*
+ * Open a userfaultfd the way a restorer would, to learn whether this process may: the fd or -errno; *through says
+ * which door failed last: 1 /dev/userfaultfd, 2 the system call.
+ */
+int lz_uffd_open(int *through);
 /* cffi: end */
 
 #endif

@@ -1,0 +1,21 @@
+/* SPDX-License-Identifier: MIT */
+/* What the engine needs of a space beside what lz.h shows to everyone. */
+#ifndef LZ_SPACE_H
+#define LZ_SPACE_H
+
+#include "arena.h"
+
+/* The extent that holds an image address, or NULL and in *gap_end where the next one starts. */
+const struct lz_extent *lz_space_extent(struct lz_arena *arena, const struct lz_space *space, uint64_t image_address,
+					uint64_t *gap_end);
+/* Length in pages of the run from a region's page on, at most `pages`, that is all missing (or all not). */
+uint64_t lz_space_state_run(struct lz_arena *arena, const struct lz_space *space, const struct lz_region *region,
+			    uint64_t page, uint64_t pages, bool missing);
+/*
+ * Find the regions that touch a done region end to end. True, and which, when all of them are done: only then does
+ * no VMA that they share with others hold a missing page.
+ */
+bool lz_space_done_block(struct lz_arena *arena, const struct lz_space *space, uint32_t number, uint32_t *first,
+			 uint32_t *count);
+
+#endif

@@ -1,0 +1,112 @@
+/* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include "uffd.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* No process has anything mapped here: vm.mmap_min_addr is 64 KiB, and nobody maps page 1 by accident. */
+#define UNREADABLE LZ_PAGE_SIZE
+
+/* errno of a failed ioctl whose result field holds `field`. */
+static int failure(int64_t field, uint64_t *done)
+{
+	int error = errno;
+
+	if (field > 0)
+		*done = (uint64_t)field;
+	else if (field < 0)
+		error = (int)-field;
+	return -error;
+}
+
+int lz_uffd_copy(int uffd, uint64_t start, const void *source, uint64_t length, uint64_t *done)
+{
+	struct uffdio_copy copy = { .dst = start, .src = (uint64_t)(uintptr_t)source, .len = length };
+
+	*done = 0;
+	if (ioctl(uffd, UFFDIO_COPY, &copy) < 0)
+		return failure(copy.copy, done);
+	*done = length;
+	return 0;
+}
+
+int lz_uffd_zero(int uffd, uint64_t start, uint64_t length, uint64_t *done)
+{
+	struct uffdio_zeropage zero = { .range = { .start = start, .len = length } };
+
+	*done = 0;
+	if (ioctl(uffd, UFFDIO_ZEROPAGE, &zero) < 0)
+		return failure(zero.zeropage, done);
+	*done = length;
+	return 0;
+}
+
+int lz_uffd_poison(int uffd, uint64_t start, uint64_t length, uint64_t *done)
+{
+	struct uffdio_poison poison = { .range = { .start = start, .len = length } };
+
+	*done = 0;
+	if (ioctl(uffd, UFFDIO_POISON, &poison) < 0)
+		return failure(poison.updated, done);
+	*done = length;
+	return 0;
+}
+
+int lz_uffd_wake(int uffd, uint64_t start, uint64_t length)
+{
+	struct uffdio_range range = { .start = start, .len = length };
+
+	return ioctl(uffd, UFFDIO_WAKE, &range) < 0 ? -errno : 0;
+}
+
+int lz_uffd_register(int uffd, uint64_t start, uint64_t length)
+{
+	struct uffdio_register request = {
+		.range = { .start = start, .len = length },
+		.mode = UFFDIO_REGISTER_MODE_MISSING,
+	};
+
+	return ioctl(uffd, UFFDIO_REGISTER, &request) < 0 ? -errno : 0;
+}
+
+int lz_uffd_unregister(int uffd, uint64_t start, uint64_t length)
+{
+	struct uffdio_range range = { .start = start, .len = length };
+
+	return ioctl(uffd, UFFDIO_UNREGISTER, &range) < 0 ? -errno : 0;
+}
+
+int lz_uffd_probe(int uffd, uint64_t start, uint64_t length)
+{
+	uint64_t done;
+
+	return lz_uffd_copy(uffd, start, (const void *)(uintptr_t)UNREADABLE, length, &done);
+}
+
+int lz_uffd_settled(int uffd)
+{
+	int result = lz_uffd_probe(uffd, UNREADABLE, LZ_PAGE_SIZE);
+
+	return result == -EAGAIN || result == -ESRCH ? result : result == -ENOSPC ? -ESRCH : 0;
+}
+
+int lz_uffd_open(int *through)
+{
+	int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+	int uffd;
+
+	*through = 1;
+	if (device >= 0) {
+		uffd = ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+		close(device);
+		if (uffd >= 0)
+			return uffd;
+	}
+	*through = 2;
+	uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	return uffd < 0 ? -errno : uffd;
+}
