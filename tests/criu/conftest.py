@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: MIT
+"""Fixtures of the tests that need a real CRIU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import harness
+import pytest
+
+
+def pytest_generate_tests(metafunc):
+    """Run a test that asks for `turn` LAZYD_REPEAT times."""
+    if "turn" in metafunc.fixturenames:
+        metafunc.parametrize("turn", range(int(os.environ.get("LAZYD_REPEAT", "1"))))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _privileged():
+    if os.geteuid() != 0:
+        pytest.skip("restoring needs root")
+    harness.become_subreaper()
+
+
+@pytest.fixture(scope="module", params=harness.SUITES)
+def suite(request):
+    """Name the CRIU in use; skip if it is not there."""
+    if not Path(harness.criu_command(request.param)).exists():
+        pytest.skip(f"no CRIU of {request.param}: run scripts/get-criu {request.param}")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def victim(tmp_path_factory):
+    """Return the path of the compiled victim."""
+    folder = tmp_path_factory.mktemp("victim")
+    return harness.compile_c(harness.ROOT / "tests" / "victims" / "victim.c", folder / "victim")
+
+
+@pytest.fixture(scope="module")
+def dumped(victim, tmp_path_factory):
+    """Return a function that dumps a scenario, or hands out the last dump if it is the same one."""
+    last = {}
+
+    def get(suite, scenario):
+        if (suite, scenario) not in last:
+            for saved in last.values():
+                saved.forget()
+            last.clear()
+            folder = tmp_path_factory.mktemp(f"{scenario}-{suite}")
+            last[suite, scenario] = harness.checkpoint(suite, [str(victim), scenario, str(folder / "state")], folder)
+        return last[suite, scenario]
+
+    yield get
+    for saved in last.values():
+        saved.forget()

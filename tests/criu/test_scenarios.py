@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: MIT
+"""Real programs, dumped by a real CRIU, restored lazily: every byte right, every daemon exit 0.
+
+The victim checks its own memory against words that are a function of the address; see tests/victims/victim.c.
+LAZYD_REPEAT=20 runs each restore that often from one dump; LAZYD_TEST_DAEMON=stock puts criu lazy-pages in lazyd's
+place.
+"""
+
+from __future__ import annotations
+
+import harness
+import pytest
+
+# In the order of the list of promises: plain service, layout events, ends, shapes of memory.
+SCENARIOS = [
+    "plain",
+    "threads",
+    "forks",
+    "forkstorm",
+    "forkadvice",
+    "remap",
+    "regrow",
+    "dontunmap",
+    "unmap",
+    "advise",
+    "cuts",
+    "grow",
+    "syscalls",
+    "storm",
+    "exec",
+    "exits",
+    "killed",
+    "partly-killed",
+    "tree",
+    "sparse",
+    "zeros",
+    "holes",
+    "manyvmas",
+    "kinds",
+]
+
+
+# What stock criu lazy-pages gets wrong, by observation.
+STOCK_FAILS: dict[str, str] = {}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_scenario(suite, scenario, turn, dumped, tmp_path):
+    if harness.uses_stock() and scenario in STOCK_FAILS:
+        pytest.skip(f"stock: {STOCK_FAILS[scenario]}")
+    harness.assert_good(harness.lazy_restore(dumped(suite, scenario), tmp_path / "work"))
