@@ -50,6 +50,108 @@ struct lz_extent {
 /* cffi: end */
 
 /* cffi: pagemap */
+/* The one message of a pagemap entry has been written in two ways that clash; see cbits/pagemap.c. */
+enum lz_dialect {
+	LZ_DIALECT_NONE = 0,
+	LZ_DIALECT_BOOLEANS = 1,
+	LZ_DIALECT_FLAGS = 2,
+};
+
+/* What an entry has been seen to use: bits of lz_pagemap.seen, to be OR-ed over a whole chain. */
+enum lz_seen {
+	LZ_SEEN_FIELD_4 = 1,    /* any entry with field 4 */
+	LZ_SEEN_FIELD_5 = 2,    /* any entry with field 5 */
+	LZ_SEEN_FLAGS = 4,      /* what only the flags dialect writes: 4 above 1, 5 above 1, 2 = 0 beside 5 */
+	LZ_SEEN_BARE = 8,       /* a dumped entry without field 4: booleans, if LZ_SEEN_FIELD_4 is set anywhere */
+	LZ_SEEN_LAZY_BOOL = 16, /* a field 5 of 0 or 1 beside a field 2 that is not 0: hints at booleans */
+	LZ_SEEN_PARENT = 32,    /* any entry that may be a parent hole: field 3, or bit 0 of field 4 */
+};
+
+/* What is wrong with a pagemap image; `detail` says what the two numbers in lz_pagemap_error are. */
+enum lz_bad {
+	LZ_BAD_NOTHING = 0,
+	LZ_BAD_MAGIC = 1,         /* found, expected */
+	LZ_BAD_TRUNCATED = 2,     /* bytes wanted, bytes there */
+	LZ_BAD_LENGTH = 3,        /* record length, longest accepted */
+	LZ_BAD_NO_HEAD = 4,       /* */
+	LZ_BAD_VARINT = 5,        /* */
+	LZ_BAD_UNKNOWN_FIELD = 6, /* field number, wire type */
+	LZ_BAD_WIRE_TYPE = 7,     /* field number, wire type */
+	LZ_BAD_MISSING_FIELD = 8, /* field number */
+	LZ_BAD_FIELD_RANGE = 9,   /* field number, value */
+	LZ_BAD_FLAG_BITS = 10,    /* field 4 */
+	LZ_BAD_COUNTS = 11,       /* field 2, field 5 */
+	LZ_BAD_UNALIGNED = 12,    /* */
+	LZ_BAD_NO_PAGES = 13,     /* */
+	LZ_BAD_USER_SPACE = 14,   /* pages, end of user space */
+	LZ_BAD_UNSORTED = 15,     /* start, end of the entry before */
+	LZ_BAD_OVERLAP = 16,      /* start, end of the entry before */
+	LZ_BAD_COMBINATION = 17,  /* field 3 (0 or 1) | field 4 << 1 | field 5 << 4 as the dialect reads them, dialect */
+	LZ_BAD_NOT_BOOLEAN = 18,  /* field number, value: the booleans dialect cannot say this */
+	LZ_BAD_PAGES_SHORT = 19,  /* where in the pages image the run starts, pages of the run */
+};
+
+struct lz_pagemap_error {
+	uint64_t offset;     /* in the image: of the record, or of the field inside it */
+	uint64_t address;    /* image address, if has_address */
+	uint64_t detail[2];
+	int32_t code;        /* enum lz_bad */
+	uint8_t has_offset;
+	uint8_t has_address;
+};
+
+/* An entry as written, the dialect still open. 16 bytes. */
+struct lz_entry {
+	uint64_t word;  /* image address; its low bits, which alignment leaves free, say what fields were there */
+	uint64_t pages;
+};
+
+struct lz_pagemap {
+	struct lz_entry *entries;
+	uint64_t count;
+	uint64_t flags_offset;   /* offset and address of the first entry with LZ_SEEN_FLAGS */
+	uint64_t flags_address;
+	uint64_t bare_offset;    /* the same for LZ_SEEN_BARE */
+	uint64_t bare_address;
+	uint32_t pages_id;
+	uint32_t seen;           /* enum lz_seen, OR-ed */
+};
+
+struct lz_table {
+	struct lz_extent *rows;
+	uint64_t count;
+	uint64_t capacity;
+	uint64_t image_bytes;    /* how much of its pages image the last pushed pagemap names */
+};
+
+/*
+ * Decode the pagemap image behind fd (read from offset 0, the file position stays) into *out, which the caller gives
+ * back with lz_pagemap_free(). -EBADMSG: the image is bad and *error says how; else -errno of the read.
+ */
+int lz_pagemap_read(int fd, struct lz_pagemap *out, struct lz_pagemap_error *error);
+void lz_pagemap_free(struct lz_pagemap *pagemap);
+
+/* Find the record that covers an image address: 0 and *offset, -ENOENT, or what lz_pagemap_read() returns. */
+int lz_pagemap_locate(int fd, uint64_t address, uint64_t *offset);
+
+/*
+ * Lay one image of a chain over the flat table of its ancestors. Start with a zeroed table and the oldest image.
+ * `level` (< 65,536) names the image: it becomes `source` of its dumped rows and `offset` of its broken ones.
+ * -EBADMSG: *error says which address (its offset is for lz_pagemap_locate() to find); the table is as before.
+ */
+int lz_table_push(struct lz_table *table, const struct lz_pagemap *pagemap, uint32_t level, int dialect,
+		  uint64_t pages_image_bytes, struct lz_pagemap_error *error);
+/* Say which sources dumped rows name: used[source] = 1. `used` has `levels` bytes, all zero before. */
+void lz_table_used(const struct lz_table *table, uint8_t *used, uint32_t levels);
+/* Rename the sources of dumped rows to map[source] and give back memory that the rows do not need. */
+void lz_table_finish(struct lz_table *table, const uint16_t *map, uint32_t levels);
+/* Add up pages by kind; pages[0] is not touched. */
+void lz_table_pages(const struct lz_table *table, uint64_t pages[5]);
+/* Return the index of the first row from `from` on whose kind is `kind`, or table->count. */
+uint64_t lz_table_find_kind(const struct lz_table *table, uint64_t from, int kind);
+void lz_table_free(struct lz_table *table);
+/* Free rows that were taken out of a table. */
+void lz_rows_free(struct lz_extent *rows);
 /* cffi: end */
 
 /* cffi: engine */

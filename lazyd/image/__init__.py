@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: MIT
+"""Checkpoint images: files only. What the rest of lazyd needs of them is load() and what it returns.
+
+verify and show are imported by name where they are used: the daemon needs neither.
+"""
+
+from __future__ import annotations
+
+from lazyd.image.checkpoint import Checkpoint, PagesImage, TaskImage, load
+from lazyd.image.directory import Vma
+from lazyd.image.pagemap import Dialect, Extent, ExtentTable, Kind
+
+__all__ = [
+    "Checkpoint",
+    "Dialect",
+    "Extent",
+    "ExtentTable",
+    "Kind",
+    "PagesImage",
+    "TaskImage",
+    "Vma",
+    "load",
+]
