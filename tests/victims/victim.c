@@ -387,27 +387,45 @@ static void forkstorm(void)
 	check_own(p, length);
 }
 
-/* A mapping that a child does not get, or gets empty: no event says so. */
-static void forkadvice(void)
+/* A mapping that a child does not get: no event says so. */
+static void dontfork(void)
 {
-	size_t length = MIB(16);
-	char *plain_area = map_filled(length), *absent = map_filled(length), *wiped = map_filled(length);
+	size_t length = MIB(32);
+	char *plain_area = map_filled(length), *absent = map_filled(length);
 	NEED(madvise(absent, length, MADV_DONTFORK) == 0);
+	wait_for_dump();
+	pid_t pid = fork();
+	NEED(pid >= 0);
+	if (pid == 0) {
+		check_shuffled(plain_area, AT(plain_area), length, DUMPED, fresh_seed());
+		NEED(madvise(absent, length, MADV_NORMAL) < 0 && errno == ENOMEM);
+		/* something else where the parent still has it */
+		map_at(absent, length, 0);
+		check(absent, AT(absent), length, ZERO);
+		_exit(0);
+	}
+	check_own(absent, length);
+	check_own(plain_area, length);
+	reap(pid, 0);
+}
+
+/* A mapping that a child gets empty: no event says so, its VMA does. */
+static void wipeonfork(void)
+{
+	size_t length = MIB(32);
+	char *wiped = map_filled(length);
 	NEED(madvise(wiped, length, MADV_WIPEONFORK) == 0);
 	wait_for_dump();
 	check_own(wiped, PAGE);
 	pid_t pid = fork();
 	NEED(pid >= 0);
 	if (pid == 0) {
+		check(wiped, AT(wiped), MIB(1), ZERO);
 		nap(20000);
 		check(wiped, AT(wiped), length, ZERO);
-		check_shuffled(plain_area, AT(plain_area), length, DUMPED, fresh_seed());
-		NEED(madvise(absent, length, MADV_NORMAL) < 0 && errno == ENOMEM);
 		_exit(0);
 	}
-	check_own(absent, length);
 	check_own(wiped, length);
-	check_own(plain_area, length);
 	reap(pid, 0);
 }
 
@@ -1246,7 +1264,8 @@ static const struct {
 	{"threads", threads},
 	{"forks", forks},
 	{"forkstorm", forkstorm},
-	{"forkadvice", forkadvice},
+	{"dontfork", dontfork},
+	{"wipeonfork", wipeonfork},
 	{"remap", remap},
 	{"regrow", regrow},
 	{"dontunmap", dontunmap},
