@@ -14,7 +14,7 @@ uint8_t *lz_arena_base(const struct lz_arena *arena);
 #define LZ_AT(arena, type, offset) ((type *)(void *)(lz_arena_base(arena) + (offset)))
 
 /* The flat table of a checkpointed task, shared by the forks of the restored one. */
-struct lz_table {
+struct lz_flat_table {
 	uint64_t references;
 	uint64_t count;
 	struct lz_extent extents[];

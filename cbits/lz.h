@@ -189,7 +189,7 @@ enum lz_region_flags {
  * every page. Lives in the arena, so offsets instead of pointers. Pure data: no system call is made on it.
  */
 struct lz_space {
-	uint64_t table_offset;   /* struct lz_table, shared with the forks of the task */
+	uint64_t table_offset;   /* struct lz_flat_table, shared with the forks of the task */
 	uint64_t regions_offset; /* struct lz_region[region_capacity] */
 	uint64_t states_offset;  /* uint64_t[], two bits a page */
 	uint64_t state_pages;

@@ -27,9 +27,9 @@ static uint64_t *states_of(struct lz_arena *arena, const struct lz_space *space)
 	return LZ_AT(arena, uint64_t, space->states_offset);
 }
 
-static const struct lz_table *table_of(struct lz_arena *arena, const struct lz_space *space)
+static const struct lz_flat_table *table_of(struct lz_arena *arena, const struct lz_space *space)
 {
-	return LZ_AT(arena, const struct lz_table, space->table_offset);
+	return LZ_AT(arena, const struct lz_flat_table, space->table_offset);
 }
 
 static uint64_t region_end(const struct lz_region *region)
@@ -98,7 +98,7 @@ int lz_space_init(struct lz_arena *arena, struct lz_space *space, const struct l
 		  const struct lz_vma *vmas, uint32_t vma_count)
 {
 	uint64_t pages = 0, previous = 0;
-	struct lz_table *table;
+	struct lz_flat_table *table;
 	struct lz_region *regions;
 
 	memset(space, 0, sizeof(*space));
@@ -129,7 +129,7 @@ int lz_space_init(struct lz_arena *arena, struct lz_space *space, const struct l
 	space->states_offset = lz_arena_alloc(arena, state_bytes(pages));
 	if (!space->table_offset || !space->regions_offset || !space->states_offset)
 		return -ENOMEM; /* the caller drops the arena with what is in it */
-	table = LZ_AT(arena, struct lz_table, space->table_offset);
+	table = LZ_AT(arena, struct lz_flat_table, space->table_offset);
 	table->references = 1;
 	table->count = count;
 	if (count)
@@ -151,7 +151,7 @@ int lz_space_init(struct lz_arena *arena, struct lz_space *space, const struct l
 
 int lz_space_fork(struct lz_arena *arena, const struct lz_space *parent, struct lz_space *child)
 {
-	struct lz_table *table = LZ_AT(arena, struct lz_table, parent->table_offset);
+	struct lz_flat_table *table = LZ_AT(arena, struct lz_flat_table, parent->table_offset);
 	struct lz_space copy = *parent;
 
 	copy.regions_offset = lz_arena_alloc(arena, parent->region_capacity * sizeof(struct lz_region));
@@ -180,7 +180,7 @@ int lz_space_fork(struct lz_arena *arena, const struct lz_space *parent, struct 
 void lz_space_drop(struct lz_arena *arena, struct lz_space *space)
 {
 	if (space->table_offset) {
-		struct lz_table *table = LZ_AT(arena, struct lz_table, space->table_offset);
+		struct lz_flat_table *table = LZ_AT(arena, struct lz_flat_table, space->table_offset);
 
 		if (!__atomic_sub_fetch(&table->references, 1, __ATOMIC_ACQ_REL))
 			lz_arena_release(arena, space->table_offset,
@@ -389,7 +389,7 @@ enum lz_state lz_space_state(struct lz_arena *arena, const struct lz_space *spac
 }
 
 /* Number of the first extent that ends after an image address. */
-static uint32_t first_extent_after(const struct lz_table *table, uint64_t address, uint32_t hint)
+static uint32_t first_extent_after(const struct lz_flat_table *table, uint64_t address, uint32_t hint)
 {
 	const struct lz_extent *rows = table->extents;
 	uint64_t low = 0, high = table->count;
@@ -416,7 +416,7 @@ static uint32_t first_extent_after(const struct lz_table *table, uint64_t addres
 const struct lz_extent *lz_space_extent(struct lz_arena *arena, const struct lz_space *space, uint64_t image_address,
 					uint64_t *gap_end)
 {
-	const struct lz_table *table = table_of(arena, space);
+	const struct lz_flat_table *table = table_of(arena, space);
 	uint32_t i = first_extent_after(table, image_address, UINT32_MAX - 2);
 
 	if (i < table->count && table->extents[i].start <= image_address)
@@ -435,7 +435,7 @@ int lz_space_next_missing(struct lz_arena *arena, struct lz_space *space, uint32
 			  uint64_t limit_page, uint64_t max_pages, struct lz_run *run)
 {
 	struct lz_region *region = &regions_of(arena, space)[number];
-	const struct lz_table *table = table_of(arena, space);
+	const struct lz_flat_table *table = table_of(arena, space);
 	const uint64_t *states = states_of(arena, space);
 	uint32_t i;
 

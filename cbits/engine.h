@@ -1,0 +1,138 @@
+/* SPDX-License-Identifier: MIT */
+/* What the parts of the engine share: its tasks, its workers, its sources. */
+#ifndef LZ_ENGINE_H
+#define LZ_ENGINE_H
+
+#include "space.h"
+
+#include <pthread.h>
+
+#define LZ_MAX_TASKS 65536U
+#define LZ_MAX_SOURCES 65536U
+#define LZ_MAX_WORKERS 16U
+#define LZ_STREAMS 8U
+#define LZ_PENDING 8192U
+#define LZ_NOTICES 4096U
+
+/* A place in the address space that faults move forward from. */
+struct lz_stream {
+	uint64_t next; /* run address after the last window */
+	uint32_t streak;
+	uint32_t age;
+};
+
+/* One task. Lives in the arena; owned by one worker once attached, apart from status. */
+struct lz_task {
+	struct lz_space space;
+	int32_t image_pid;
+	int32_t run_pid;
+	int32_t parent;
+	int32_t uffd;
+	uint32_t status; /* enum lz_task_status; atomic */
+	uint32_t number;
+	uint32_t worker;
+	uint32_t fill_region;   /* regions before it are done */
+	uint32_t stream_clock;
+	uint32_t backoff_ns;    /* next wait after an EAGAIN */
+	uint64_t image_pages;
+	uint64_t left_pages;    /* atomic for readers */
+	uint64_t near;          /* run address where background fill goes on after a fault; 0: none */
+	uint64_t empty_ns;      /* when its queue was last seen empty */
+	uint64_t fault_ns;      /* when it last faulted */
+	uint64_t unsettled_ns;  /* its layout was changing: leave it alone until then */
+	uint64_t probe_ns;      /* when to look whether its memory is still there */
+	uint64_t held_pages;    /* neither installed nor poisoned: their faults stay blocked */
+	uint32_t handed_back;   /* regions were looked at for what can go back to the kernel at once */
+	struct lz_stream stream[LZ_STREAMS];
+};
+
+/* A fault that could not be answered yet. */
+struct lz_pending {
+	struct lz_task *task;
+	uint64_t address;
+	uint64_t since_ns;
+};
+
+struct lz_source {
+	int fd;
+	const uint8_t *map;
+	uint64_t size;
+	int64_t mtime_s, mtime_ns;
+	uint32_t told; /* atomic: the change was reported */
+};
+
+/* Counters of one worker, in the arena; written by it alone, read by anyone. */
+struct lz_counters {
+	uint64_t faults, fault_copied_pages, fill_copied_pages, zero_pages, present_pages, poisoned_pages;
+	uint64_t dropped_pages, forks, remaps, removes, unmaps, again, unregistered_pages;
+	uint64_t fault_ns_max, fault_ns_sum, fill_ns;
+	uint64_t fault_ns[LZ_LATENCY_BUCKETS];
+};
+
+struct lz_worker {
+	struct lz_engine *engine;
+	struct lz_counters *counters;
+	pthread_t thread;
+	bool running;
+	int epoll;
+	int wake;
+	uint32_t number;
+	uint32_t tasks;
+	uint32_t task_capacity;
+	uint32_t turn; /* whose background fill is next */
+	uint32_t pendings;
+	struct lz_task **task;
+	struct lz_pending pending[LZ_PENDING];
+	pthread_mutex_t inbox_lock;
+	uint32_t inbox_count; /* atomic */
+	uint32_t inbox_capacity;
+	struct lz_task **inbox;
+};
+
+struct lz_engine {
+	struct lz_config config;
+	struct lz_arena *arena;
+	uint64_t tasks_offset; /* uint64_t[LZ_MAX_TASKS]: offsets of struct lz_task */
+	uint32_t tasks;        /* atomic */
+	uint32_t attached;     /* tasks that were ever served; atomic */
+	uint32_t finished;     /* atomic: the restore is finished */
+	uint32_t stopping;     /* atomic: workers are to end */
+	uint32_t abandoning;   /* atomic: and poison what is missing */
+	uint32_t fill;         /* atomic enum lz_fill */
+	uint64_t fill_rate;    /* atomic */
+	uint64_t fill_start_ns;
+	uint64_t fill_spent;   /* atomic: bytes filled since then */
+	pthread_mutex_t lock;  /* sources, tasks */
+	struct lz_source *source;
+	uint32_t sources;
+	int notify;
+	int *reserve_fd; /* held so that a fork's descriptor can always be received; under lock */
+	uint32_t reserve_fds;
+	pthread_mutex_t notice_lock;
+	uint32_t notices, notice_first;
+	uint64_t notices_lost;
+	struct lz_notice notice[LZ_NOTICES];
+	uint32_t workers;
+	struct lz_worker worker[LZ_MAX_WORKERS];
+};
+
+/*
+ * Named points: a test build (-DLZ_TEST_POINTS) links its own lz_point and can hold a worker there while the task it
+ * serves does something else. In the product they are nothing.
+ */
+#ifdef LZ_TEST_POINTS
+void lz_point(const char *name, uint64_t address);
+#define LZ_POINT(name, address) lz_point(name, address)
+#else
+#define LZ_POINT(name, address) ((void)0)
+#endif
+
+void *lz_worker_main(void *worker);
+int lz_engine_add_task(struct lz_engine *engine, const struct lz_task *like, struct lz_task **task);
+void lz_engine_notify(struct lz_engine *engine, const struct lz_notice *notice);
+struct lz_task *lz_engine_task_at(struct lz_engine *engine, uint32_t number);
+/* Release one reserved descriptor number, so that the next one can be received. False: none is left. */
+bool lz_engine_spend_reserve(struct lz_engine *engine);
+uint64_t lz_now_ns(void);
+
+#endif

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: MIT
+"""The typed face of the engine, and the only importer of its compiled module.
+
+All pages move in C threads; a call here costs a call. Task numbers are the engine's own, dealt out by `prepare` and,
+for the children of forks, by the engine itself (their notice is FORKED).
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from lazyd.errors import LazydError, SystemCallError
+from lazyd.uffd._engine import ffi, lib
+
+_SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
+_CAP_SYS_PTRACE = 19
+
+
+class Fill(enum.IntEnum):
+    """What happens to pages that nobody has asked for."""
+
+    OFF = lib.LZ_FILL_OFF
+    FULL = lib.LZ_FILL_FULL
+
+
+class NoticeKind(enum.IntEnum):
+    """What a worker has to tell; cbits/lz.h says what each carries."""
+
+    TASK_FILLED = lib.LZ_NOTICE_TASK_FILLED
+    TASK_GONE = lib.LZ_NOTICE_TASK_GONE
+    FORKED = lib.LZ_NOTICE_FORKED
+    UNREADABLE = lib.LZ_NOTICE_UNREADABLE
+    HELD = lib.LZ_NOTICE_HELD
+    SOURCE_CHANGED = lib.LZ_NOTICE_SOURCE_CHANGED
+    TASK_FAILED = lib.LZ_NOTICE_TASK_FAILED
+    LOST = lib.LZ_NOTICE_LOST
+    SUSPECT = lib.LZ_NOTICE_SUSPECT
+
+
+class TaskStatus(enum.IntEnum):
+    """How far a task is."""
+
+    PREPARED = lib.LZ_TASK_PREPARED
+    SERVING = lib.LZ_TASK_SERVING
+    FILLED = lib.LZ_TASK_FILLED
+    GONE = lib.LZ_TASK_GONE
+    FAILED = lib.LZ_TASK_FAILED
+
+
+class Notice(NamedTuple):
+    """One thing worth telling. `address` is a run address, `error` a negative errno or 0."""
+
+    kind: NoticeKind
+    task: int
+    address: int
+    value: int
+    source: int
+    error: int
+
+
+class TaskInfo(NamedTuple):
+    """One task as the engine sees it; `run_pid` is 0 and `parent` -1 where there is none to name."""
+
+    image_pid: int
+    run_pid: int
+    status: TaskStatus
+    parent: int
+    image_pages: int
+    left_pages: int
+
+
+class Totals:
+    """Sums over all tasks and workers, one attribute a field of `struct lz_totals`."""
+
+    def __init__(self, raw: Any) -> None:  # noqa: ANN401  a cffi struct has no static type
+        self._raw = raw
+        for name, _ in ffi.typeof("struct lz_totals").fields:
+            if name != "fault_ns":
+                setattr(self, name, int(getattr(raw, name)))
+
+    faults: int
+    fault_copied_pages: int
+    fill_copied_pages: int
+    zero_pages: int
+    present_pages: int
+    poisoned_pages: int
+    dropped_pages: int
+    image_pages: int
+    left_pages: int
+    forks: int
+    remaps: int
+    removes: int
+    unmaps: int
+    again: int
+    unregistered_pages: int
+    fault_ns_max: int
+    fault_ns_sum: int
+    fill_ns: int
+    tasks: int
+    serving: int
+
+    def quantile(self, share: float) -> int:
+        """Return the latency in ns that the given share of faults did not exceed; 0 without faults."""
+        return int(lib.lz_latency_quantile(self._raw, share))
+
+
+class Engine:
+    """Serves the tasks of one restore. Not thread-safe: one thread controls it."""
+
+    def __init__(self, *, workers: int = 0, fill: Fill = Fill.FULL, fill_rate: int = 0) -> None:
+        """Make an engine whose threads do not run yet.
+
+        0 workers: one a core, at most four. `fill_rate` is bytes a second over all tasks, 0 without limit.
+        """
+        count = workers or min(len(os.sched_getaffinity(0)), 4)
+        config = ffi.new(
+            "struct lz_config *",
+            {"workers": count, "fill": int(fill), "fill_rate": fill_rate, "fault_around_pages": 16},
+        )
+        error = ffi.new("int *")
+        self._engine = lib.lz_engine_new(config, error)
+        if self._engine == ffi.NULL:
+            raise SystemCallError("engine start", -error[0])
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def add_source(self, fd: int) -> int:
+        """Map a pages image and return its number; the descriptor stays the caller's."""
+        return _check("mmap of a pages image", lib.lz_engine_add_source(self._engine, fd))
+
+    def prepare(self, image_pid: int, extents: memoryview, vmas: Sequence[tuple[int, int]]) -> int:
+        """Load a task's table and served ranges (image addresses) and return its number.
+
+        `extents` holds rows of `struct lz_extent`; they are checked and copied.
+        """
+        rows = ffi.from_buffer("struct lz_extent[]", extents)
+        result = lib.lz_engine_prepare(
+            self._engine,
+            image_pid,
+            rows,
+            len(extents) // ffi.sizeof("struct lz_extent") if extents.itemsize == 1 else len(rows),
+            ffi.new("struct lz_vma[]", [tuple(vma) for vma in vmas]),
+            len(vmas),
+        )
+        return _check(f"table of task {image_pid}", result)
+
+    def start(self) -> None:
+        """Start the worker threads; after any fork of this process."""
+        _check("start of the workers", lib.lz_engine_start(self._engine))
+
+    def attach(self, task: int, uffd: int, run_pid: int) -> None:
+        """Begin to serve a prepared task; the descriptor is the engine's from here on."""
+        _check(f"attach of task {task}", lib.lz_engine_attach(self._engine, task, uffd, run_pid))
+
+    def finish_restore(self) -> None:
+        """Say that every range is registered: background fill may start."""
+        lib.lz_engine_finish_restore(self._engine)
+
+    def hurry(self) -> None:
+        """Fill everything now, whatever the configuration said."""
+        lib.lz_engine_hurry(self._engine)
+
+    def abandon(self) -> None:
+        """Poison every missing page of every task and close the userfaultfds; blocks until done."""
+        lib.lz_engine_abandon(self._engine)
+
+    def stop(self) -> None:
+        """End the threads; the userfaultfds stay open until `close`."""
+        lib.lz_engine_stop(self._engine)
+
+    def close(self) -> None:
+        """Release everything; idempotent."""
+        engine, self._engine = self._engine, ffi.NULL
+        lib.lz_engine_free(engine)
+
+    @property
+    def notify_fd(self) -> int:
+        """Readable while notices are pending; the engine's own."""
+        return int(lib.lz_engine_notify_fd(self._engine))
+
+    def notices(self) -> Iterator[Notice]:
+        """Take all pending notices."""
+        raw = ffi.new("struct lz_notice *")
+        while lib.lz_engine_next_notice(self._engine, raw):
+            yield Notice(NoticeKind(raw.kind), raw.task, raw.address, raw.value, raw.source, raw.error)
+
+    def totals(self) -> Totals:
+        """Return the sums as they are now."""
+        raw = ffi.new("struct lz_totals *")
+        lib.lz_engine_totals(self._engine, raw)
+        return Totals(raw)
+
+    def task(self, number: int) -> TaskInfo:
+        """Return one task as it is now; KeyError for a number that was never dealt out."""
+        raw = ffi.new("struct lz_task_info *")
+        if lib.lz_engine_task(self._engine, number, raw) < 0:
+            raise KeyError(number)
+        return TaskInfo(
+            raw.image_pid, raw.run_pid, TaskStatus(raw.status), raw.parent, raw.image_pages, raw.left_pages
+        )
+
+
+def _check(what: str, result: int) -> int:
+    if result < 0:
+        raise SystemCallError(what, -result)
+    return result
+
+
+def _has_capability(number: int) -> bool:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> number & 1)
+    return False
+
+
+def check_permission() -> None:
+    """Raise SystemCallError, naming what is missing, when this process may not use userfaultfd.
+
+    A restorer opens the descriptors, but it runs with our rights at most; what fails here fails there. The sysctl
+    matters only to the system call, and only without CAP_SYS_PTRACE (kernel: admin-guide/mm/userfaultfd).
+    """
+    through = ffi.new("int *")
+    uffd = lib.lz_uffd_open(through)
+    if uffd >= 0:
+        os.close(uffd)
+        return
+    if uffd == -errno.ENOSYS:
+        raise LazydError("userfaultfd: this kernel was built without CONFIG_USERFAULTFD")
+    device = Path("/dev/userfaultfd")
+    missing = []
+    if not device.exists():
+        missing.append(f"{device} does not exist")
+    elif not os.access(device, os.R_OK | os.W_OK):
+        missing.append(f"{device} may not be opened")
+    if not _has_capability(_CAP_SYS_PTRACE):
+        missing.append("CAP_SYS_PTRACE is not held")
+    if _SYSCTL.exists() and _SYSCTL.read_text().strip() != "1":
+        missing.append("vm.unprivileged_userfaultfd is not 1")
+    raise SystemCallError(
+        "userfaultfd", -uffd, hint="one of these must change: " + "; ".join(missing) if missing else ""
+    )
