@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The chain of an images directory: itself, its parent, the parent's parent, to the oldest.
 
-A directory names its parent by a symbolic link `parent`, relative to itself. Each is opened through the descriptor of
-the one before, so that a long chain neither meets the limit on symbolic links in one path nor PATH_MAX, and only one
-is open at a time, so that a chain of a thousand fits the usual limit on descriptors.
+A directory names its parent by a symbolic link `parent`, relative to itself. Each is opened through the
+descriptor of the one before, so that a long chain meets neither the limit on symbolic links in one path nor
+PATH_MAX, and only one is open at a time, so that a chain of a thousand fits the usual limit on descriptors.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lazyd.errors import ImageError
 from lazyd.image.directory import ImagesDirectory
+from lazyd.image.framing import read_error
 
 PARENT_LINK = "parent"
 
@@ -28,7 +29,7 @@ def has_parent(directory: ImagesDirectory) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise ImageError(directory.path / PARENT_LINK, f"parent link: {(error.strerror or '').lower()}") from error
+        raise read_error(directory.path / PARENT_LINK, error) from error
     return True
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Loading: from a directory to tasks, each with its VMAs and one flat table of extents, and the open pages images.
+"""Loading: from a directory to tasks, each with VMAs and a flat table of extents, and the open pages images.
 
-Everything is read and checked before the first byte of a page is used, and nothing is written. Where load() stops at
-the first problem, verify() hands in a report of its own and goes on; that is why every step here gives its problem to
-`report` and then goes on with what is left.
+Everything is read and checked before the first byte of a page is used, and nothing is written. Where load()
+stops at the first problem, verify() hands in a report of its own and goes on; that is why every step gives
+its problem to `report` and then goes on with what is left.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class PagesImage(NamedTuple):
 
 
 class TaskImage(NamedTuple):
-    """A task: pids are those of the images, that is of its innermost pid namespace. A zombie has no memory."""
+    """A task. Pids are those of the images: of its innermost pid namespace. A zombie has no memory."""
 
     pid: int
     ppid: int
@@ -62,10 +62,10 @@ class Checkpoint:
         path: Path,
         tasks: list[TaskImage],
         sources: list[PagesImage],
+        *,
         dialect: Dialect,
         dialect_reason: str,
         chain_paths: list[Path],
-        *,
         wide_header: bool,
     ) -> None:
         self.path = path
@@ -120,7 +120,7 @@ class LevelMap(NamedTuple):
 
 
 class Level(NamedTuple):
-    """One directory of the chain, by the name of the pagemap images; None: it is there, but bad and reported."""
+    """One directory of the chain. Its pagemap images by name; None: it is there, but bad and reported."""
 
     path: Path
     maps: dict[str, LevelMap | None]
@@ -159,7 +159,8 @@ def read_task(directory: ImagesDirectory, pid: int, ppid: int, report: Report) -
         try:
             core = directory.read_core(pid)
         except FileNotFoundError:
-            raise ImageError(path, f"missing, and so is core-{pid}.img, which would say whether it is a zombie") from None
+            reason = f"missing, and so is core-{pid}.img, which would say whether the task is a zombie"
+            raise ImageError(path, reason) from None
         if core.state not in (TaskState.DEAD, TaskState.ZOMBIE):
             raise ImageError(path, f"missing, and core-{pid}.img does not say that the task is a zombie")
         return TaskFiles(pid, ppid, is_zombie=True, vmas=[])
@@ -235,8 +236,8 @@ def flatten(levels: list[Level], name: str, dialect: Dialect, report: Report) ->
             named = table.push(level.pagemap, number, level.pages_path, level.pages_bytes)
             if (level.pages_bytes or 0) > named:
                 # Cut at the end of a record, a pagemap looks whole; its pages image gives it away.
-                reason = f"truncated: it names {named} bytes of {level.pages_path.name}, which has {level.pages_bytes}"
-                raise ImageError(level.pagemap.path, reason)
+                has = f"{level.pages_path.name}, which has {level.pages_bytes}"
+                raise ImageError(level.pagemap.path, f"truncated: it names {named} bytes of {has}")
         except ImageError as error:
             report(error)
             table.clear()
@@ -276,7 +277,9 @@ class _Sources:
         if path in self._numbers:
             return self._numbers[path]
         if len(self.opened) == MAX_SOURCES:
-            raise ImageError(self.path, f"more than {MAX_SOURCES} pages images in use, which is the most supported")
+            raise ImageError(
+                self.path, f"more than {MAX_SOURCES} pages images in use: the most that is supported"
+            )
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
@@ -329,8 +332,15 @@ def load(path: Path, dialect: str = "auto") -> Checkpoint:
     except BaseException:
         sources.close()
         raise
-    chain_paths = [level.path for level in levels]
-    return Checkpoint(path, images, sources.opened, chosen, reason, chain_paths, wide_header=wide)
+    return Checkpoint(
+        path,
+        images,
+        sources.opened,
+        dialect=chosen,
+        dialect_reason=reason,
+        chain_paths=[level.path for level in levels],
+        wide_header=wide,
+    )
 
 
 def _task_extents(levels: list[Level], task: TaskFiles, dialect: Dialect, sources: _Sources) -> ExtentTable:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """One images directory: its inventory, its tasks, and their address spaces.
 
-The small images are read with protobuf. What is imported here is on the way to the listening socket, whose delay
-users feel: nothing heavier than it must be.
+The small images are read with protobuf. What is imported here is on the way to the listening socket, whose
+delay users feel: nothing heavier than it must be.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lazyd.image.framing import (
     MM_MAGICS,
     PSTREE_MAGICS,
     Record,
+    read_error,
     read_small_image,
     split_records,
 )
@@ -86,7 +87,7 @@ class Vma(NamedTuple):
 
     @property
     def is_lazy(self) -> bool:
-        """Say whether restore leaves this area to lazy pages: private anonymous memory that need not be resident."""
+        """Say whether restore leaves this area to lazy pages: private, anonymous, not locked or huge."""
         return (
             self.flags & (MAP_ANONYMOUS | MAP_PRIVATE) == MAP_ANONYMOUS | MAP_PRIVATE
             and not self.flags & (MAP_LOCKED | MAP_HUGETLB)
@@ -128,7 +129,7 @@ class ImagesDirectory:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
-            raise ImageError(path, f"cannot open the images directory: {(error.strerror or '').lower()}") from error
+            raise read_error(path, error) from error
         return cls(path, fd)
 
     def close(self) -> None:
@@ -148,7 +149,7 @@ class ImagesDirectory:
             raise ImageError(self.path / name, f"{len(records)} records where there should be one")
         return records[0]
 
-    def _parse(self, name: str, record: Record, message: Any) -> Any:
+    def _parse(self, name: str, record: Record, message: Any) -> Any:  # noqa: ANN401  see above
         try:
             return message.FromString(record.body)
         except DecodeError as error:
@@ -199,15 +200,16 @@ class ImagesDirectory:
         last_end = 0
         for vma in mm.vmas:
             start, end = vma.start, vma.end
+            area = f"the VMA {start:#x}-{end:#x}"
             reason = ""
             if start % PAGE_SIZE or end % PAGE_SIZE:
-                reason = f"the VMA {start:#x}-{end:#x} is not page-aligned"
+                reason = f"{area} is not page-aligned"
             elif start >= end:
-                reason = f"the VMA {start:#x}-{end:#x} is empty or backwards"
+                reason = f"{area} is empty or backwards"
             elif start < last_end:
-                reason = f"the VMA {start:#x}-{end:#x} overlaps or comes after the one before, which ends at {last_end:#x}"
+                reason = f"{area} is not behind the one before, which ends at {last_end:#x}"
             elif end > USER_SPACE_END and not vma.status & VMA_VSYSCALL:
-                reason = f"the VMA {start:#x}-{end:#x} is not inside user space, which ends at {USER_SPACE_END:#x}"
+                reason = f"{area} is not inside user space, which ends at {USER_SPACE_END:#x}"
             if reason:
                 raise ImageError(self.path / name, reason, offset=record.offset, address=start)
             last_end = end
@@ -217,7 +219,7 @@ class ImagesDirectory:
         return vmas
 
     def read_core(self, pid: int) -> CoreState:
-        """Return what the core image of a task's leading thread says; FileNotFoundError if it is not there."""
+        """Return what the core image of a task's leading thread says; FileNotFoundError if there is none."""
         from lazyd.image.pb import core_pb2  # noqa: PLC0415  only a task without memory is looked up at start
 
         core: Any = core_pb2

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The frame that every image has: magic numbers, then records of a length and a message.
 
-All integers are little-endian. `inventory.img` has one magic; every other image has two, of which the first says
-image (or service file, such as `stats-dump`) and the second says which. Each record is a u32 length and that many
-bytes of protobuf. Pages images have no frame at all.
+All integers are little-endian. `inventory.img` has one magic; every other image has two, of which the first
+says image (or service file, such as `stats-dump`) and the second says which. Each record is a u32 length and
+that many bytes of protobuf. Pages images have no frame at all.
 
 Files are opened relative to the descriptor of their directory, so that a directory that is moved or replaced
 half-way is not read half and half, and without blocking, so that a FIFO in the place of an image is an error.
@@ -48,9 +48,9 @@ def read_error(path: Path, error: OSError) -> ImageError:
 
 
 def open_image(directory: int, path: Path) -> int:
-    """Open the regular file `path.name` for reading, relative to its directory's descriptor; the caller closes it.
+    """Open the regular file `path.name` for reading, relative to the descriptor of its directory.
 
-    FileNotFoundError is passed through: what a missing image means depends on the image.
+    The caller closes it. FileNotFoundError is passed through: what that means depends on the image.
     """
     try:
         fd = os.open(path.name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=directory)
@@ -81,23 +81,29 @@ def read_small_image(directory: int, path: Path) -> bytes:
         os.close(fd)
 
 
+def _too_short(path: Path, there: int, offset: int) -> ImageError:
+    return ImageError(path, f"truncated: 4 bytes wanted here, {there} are there", offset=offset)
+
+
 def split_records(path: Path, content: bytes, magics: tuple[int, ...]) -> list[Record]:
     """Check the magics of an image and return its records; `path` is only for the error."""
     at = 0
     for magic in magics:
         found = content[at : at + 4]
         if len(found) < 4:
-            raise ImageError(path, f"truncated: a magic number wants 4 bytes, {len(found)} are there", offset=at)
+            raise _too_short(path, len(found), at)
         if (number := int.from_bytes(found, "little")) != magic:
-            raise ImageError(path, f"not an image of this kind: magic {number:#x} instead of {magic:#x}", offset=at)
+            reason = f"not an image of this kind: magic {number:#x} instead of {magic:#x}"
+            raise ImageError(path, reason, offset=at)
         at += 4
     records = []
     while at < len(content):
         if len(content) - at < 4:
-            raise ImageError(path, f"truncated: a record length wants 4 bytes, {len(content) - at} are there", offset=at)
+            raise _too_short(path, len(content) - at, at)
         length = int.from_bytes(content[at : at + 4], "little")
         if length > len(content) - at - 4:
-            reason = f"truncated or garbled: a record of {length} bytes, but only {len(content) - at - 4} are there"
+            there = len(content) - at - 4
+            reason = f"truncated or garbled: a record of {length} bytes, but only {there} are there"
             raise ImageError(path, reason, offset=at)
         records.append(Record(at, content[at + 4 : at + 4 + length]))
         at += 4 + length

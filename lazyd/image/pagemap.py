@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
+# ruff: noqa: ANN401  what comes from cffi has no static type
 """The typed face of the C decoder and flattener of pagemap images (cbits/pagemap.c), and their only importer.
 
 Reading is in two steps because an entry has no meaning before the dialect of its whole chain is known:
-read_pagemap() decodes an image as written and tells what it has seen; decide_dialect() weighs that up over all
-images; FlatTable.push() then lays image upon image, the oldest first.
+read_pagemap() decodes an image as written and tells what it has seen; decide_dialect() weighs that up over
+all images; FlatTable.push() then lays image upon image, the oldest first.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Pagemap:
         lib.lz_pagemap_free(self._raw)
 
 
-def _plain_words(code: int, first: int, second: int) -> str:  # noqa: C901  a table with arithmetic in it
+def _plain_words(code: int, first: int, second: int) -> str:
     """Return what is wrong, from an lz_bad code and its two numbers."""
     match code:
         case lib.LZ_BAD_MAGIC:
@@ -156,7 +157,7 @@ def read_pagemap(path: Path, fd: int) -> Pagemap:
 
 
 def locate(path: Path, address: int) -> int | None:
-    """Return the offset of the record that covers an image address, or None if it cannot be had (any more)."""
+    """Return the offset of the record that covers an image address, or None if it cannot be had."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
@@ -171,8 +172,8 @@ def locate(path: Path, address: int) -> int | None:
 def decide_dialect(pagemaps: list[Pagemap], asked: str, *, has_parent: bool) -> tuple[Dialect, str]:
     """Decide how all the images of a chain are to be read, and say why.
 
-    `asked` is "auto" or the name of a dialect, which then is taken whatever the evidence (entries that it cannot
-    mean are refused when they are read). With evidence of both dialects the images are corrupt.
+    `asked` is "auto" or the name of a dialect, which then is taken whatever the evidence (entries that it
+    cannot mean are refused when they are read). With evidence of both dialects the images are corrupt.
     """
     if asked != "auto":
         return Dialect(asked), "as told"
@@ -193,7 +194,8 @@ def decide_dialect(pagemaps: list[Pagemap], asked: str, *, has_parent: bool) -> 
         raise ImageError(other.path, reason, offset=int(raw.bare_offset), address=int(raw.bare_address))
     if flags:
         one = next(p for p in pagemaps if p.seen & lib.LZ_SEEN_FLAGS)
-        return Dialect.FLAGS, f"only flags say what {one.path} says at address {int(one._raw.flags_address):#x}"
+        where = f"{one.path} says at address {int(one._raw.flags_address):#x}"
+        return Dialect.FLAGS, f"only the flags dialect can say what {where}"
     if booleans:
         one = next(p for p in pagemaps if p.seen & lib.LZ_SEEN_BARE)
         where = f"{one.path} at address {int(one._raw.bare_address):#x}"
@@ -278,7 +280,9 @@ class FlatTable:
         `level` numbers the image in its chain; pages_image_bytes None: there is no pages image.
         """
         error = ffi.new("struct lz_pagemap_error *")
-        result = lib.lz_table_push(self._table, pagemap._raw, level, self._dialect, pages_image_bytes or 0, error)
+        result = lib.lz_table_push(
+            self._table, pagemap._raw, level, self._dialect, pages_image_bytes or 0, error
+        )
         if result == -errno.ENOMEM:
             raise MemoryError
         if result < 0:
