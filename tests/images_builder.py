@@ -4,8 +4,8 @@
 Everything is written with the protobuf modules, never with the code under test.
 
 - build_checkpoint() writes a directory from a list of Task.
-- chain_from_dump() turns one flat real dump into a chain of N directories: every page is in one of them, stale
-  copies are in older ones, holes in younger ones, and each level cuts its entries at places of its own.
+- chain_from_dump() turns one flat real dump into a chain of N directories: every page is in one of them,
+  stale copies are in older ones, holes in younger ones, and each level cuts its entries at places of its own.
 - booleans_from_dump() rewrites a directory in the booleans dialect, with zero holes.
 """
 
@@ -39,7 +39,7 @@ LAZY_VMA = {"prot": 3, "flags": 0x22, "status": 1 | 1 << 9}
 
 
 class Entry(NamedTuple):
-    """What a pagemap entry says, whatever its dialect. `data` is for dumped ones; None: a pattern of its address."""
+    """What a pagemap entry says, whatever its dialect. `data` None: a pattern of the address."""
 
     start: int
     pages: int
@@ -142,7 +142,7 @@ def vmas_around(entries: Sequence[Entry]) -> list[dict]:
 
 
 def write_mm(path: Path, vmas: Iterable[dict]) -> None:
-    """Write an mm image; a VMA is a dict of the fields of VmaEntry, of which only start and end must be given."""
+    """Write an mm image; a VMA is a dict of fields of VmaEntry, of which only start and end must be given."""
     defaults = {"pgoff": 0, "shmid": 0, "fd": -1, **LAZY_VMA}
     mm = mm_pb2.Mm(vmas=[mm_pb2.VmaEntry(**{**defaults, **vma}) for vma in vmas])
     path.write_bytes(frame("mm", [mm.SerializeToString()]))
@@ -185,7 +185,7 @@ def build_checkpoint(
 
 
 def build_chain(directory: Path, levels: Sequence[Sequence[Task]], *, dialect: str = "flags") -> Path:
-    """Write directories 0 (the youngest), 1 … below `directory`, each the parent of the one before; return 0."""
+    """Write directories 0 (the youngest), 1 … below `directory`, each the parent of the last; return 0."""
     parent = None
     for number in range(len(levels) - 1, -1, -1):
         parent = build_checkpoint(
@@ -275,9 +275,9 @@ def chain_from_dump(
 ) -> Path:
     """Turn one flat dump into a chain of `levels` directories below `directory`; return the youngest.
 
-    `lazy_holes`: a hole has the lazy flag of the page it stands for (lazyd fills it); without, it is parent only,
-    as stock writes it (the restorer fills it). `stale`: how much of what a younger image has dumped is in an older
-    one too, with other bytes; divided by the depth, so that deep chains stay small.
+    `lazy_holes`: a hole has the lazy flag of the page it stands for (lazyd fills it); without, it is parent
+    only, as stock writes it (the restorer fills it). `stale`: how much of what a younger image has dumped is
+    in an older one too, with other bytes; divided by the depth, so that deep chains stay small.
     """
     chance = random.Random(seed)
     paths = [directory / str(number) for number in range(levels)]
@@ -336,7 +336,7 @@ def _zero_runs(entry: Entry, data: bytes) -> Iterator[Entry]:
 
 
 def booleans_from_dump(dump: Path, directory: Path) -> Path:
-    """Rewrite a flat dump in the booleans dialect: zero pages, dumped or not there in a lazy VMA, are zero holes."""
+    """Rewrite a flat dump in the booleans dialect; zero pages, dumped or in no entry, become zero holes."""
     directory.mkdir(parents=True)
     moved = set()
     for pid in task_pids(dump):

@@ -246,11 +246,19 @@ def flatten(levels: list[Level], name: str, dialect: Dialect, report: Report) ->
     return Flat(table, whole)
 
 
-def report_broken_holes(levels: list[Level], name: str, extents: ExtentTable, report: Report) -> None:
-    """Report every parent hole of the youngest image that no ancestor covers."""
+def report_broken_holes(
+    levels: list[Level], name: str, extents: ExtentTable, report: Report, *, whole_chain: bool = True
+) -> None:
+    """Report every parent hole of the youngest image that no ancestor covers.
+
+    Without the whole chain nothing is known of the holes of its last directory: they are left out.
+    """
     index = extents.find(Kind.BROKEN)
     while index < len(extents):
         hole = extents[index]
+        index = extents.find(Kind.BROKEN, index + 1)
+        if hole.offset + 1 == len(levels) and not whole_chain:
+            continue
         level = levels[hole.offset]
         reason = f"broken chain: {hole.pages} pages are in the parent, but "
         if hole.offset + 1 == len(levels):
@@ -260,7 +268,6 @@ def report_broken_holes(levels: list[Level], name: str, extents: ExtentTable, re
             reason += f"{parent.path} has no " + ("entry there" if name in parent.maps else name)
         path = level.path / name
         report(ImageError(path, reason, offset=locate(path, hole.start), address=hole.start))
-        index = extents.find(Kind.BROKEN, index + 1)
 
 
 class _Sources:
