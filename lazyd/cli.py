@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: MIT
+"""Arguments and exit codes: one function a verb.
+
+The command line is the one of `criu lazy-pages`, so that changing the first word is enough: options before or after
+the verb, joined or not, as getopt_long takes them. What criu's own configuration files say is taken as criu takes it
+(criu(8), CONFIGURATION FILES), as far as it is about lazy pages; the rest of such a file is about other verbs.
+
+Users feel the time until the socket listens: what a verb needs is imported by that verb.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import NoReturn
+
+from lazyd.errors import LazydError, UsageError
+
+_USAGE = """\
+lazyd [lazy-pages] -D DIR [options]   serve the memory of a restore: start it beside `criu restore --lazy-pages`
+       lazyd show DIR [--json]               say what is in a directory of images
+       lazyd verify DIR                      check a directory of images whole"""
+_REMOTE = (
+    "page_server",
+    "address",
+    "port",
+    "ps_socket",
+    "tls",
+    "tls_cacert",
+    "tls_cacrl",
+    "tls_cert",
+    "tls_key",
+    "tls_no_cn_verify",
+)
+_DEFAULT_VERBOSITY = 3
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_RATE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?(?:/s)?", re.IGNORECASE)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Leave it to main() to say it in one line."""
+        raise UsageError(f"lazyd: {message} (lazyd --help shows the options)")
+
+
+class _Verbosity(argparse.Action):
+    """Count -v as criu does: each one more; -vN, taken apart by _spell_out, says it outright."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[str] | None,
+        option_string: str | None = None,
+    ) -> None:
+        if isinstance(values, str):
+            if not values.isdigit():
+                parser.error(f"--verbosity={values}: not a number")
+            namespace.verbosity = int(values)
+        else:
+            namespace.verbosity = (namespace.verbosity or 0) + 1
+
+
+def _make_parser() -> _Parser:
+    parser = _Parser(prog="lazyd", usage=_USAGE, add_help=False)
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "-D", "--images-dir", "--images", metavar="DIR", type=Path, help="directory of the images"
+    )
+    files.add_argument(
+        "-W", "--work-dir", metavar="DIR", type=Path, help="where the socket and logs go (as -D)"
+    )
+    files.add_argument(
+        "-o", "--log-file", metavar="FILE", type=Path, help="log to this file in the work directory"
+    )
+    files.add_argument(
+        "--pidfile", metavar="FILE", type=Path, help="write the pid to this file in the work directory"
+    )
+    files.add_argument("--stats", metavar="FILE", type=Path, help="write the closing statistics as JSON")
+
+    serving = parser.add_argument_group("serving")
+    serving.add_argument(
+        "--fill", choices=("full", "off"), help="fill in the background (full), or only on demand"
+    )
+    serving.add_argument(
+        "--fill-rate", metavar="BYTES", type=_rate, help="bytes a second, as 512K, 64M or 2G"
+    )
+    serving.add_argument("--workers", metavar="N", type=_count, help="threads (as many as cores, at most 4)")
+    serving.add_argument(
+        "--pagemap-format",
+        choices=("auto", "booleans", "flags"),
+        help="which writer's pagemap entries the images hold, where they do not say it themselves",
+    )
+
+    running = parser.add_argument_group("running")
+    running.add_argument("-d", "--daemon", action="store_true", help="go into the background once listening")
+    running.add_argument(
+        "--status-fd", metavar="FD", type=_count, help="write one zero byte there once listening"
+    )
+    running.add_argument(
+        "-v", action=_Verbosity, nargs=0, dest="verbosity", help="-v1 errors … -v4 debugging (-v3)"
+    )
+    running.add_argument("--verbosity", action=_Verbosity, metavar="N", help=argparse.SUPPRESS)
+    running.add_argument("--no-progress", action="store_true", help="no bar and no progress lines")
+    running.add_argument("--json", action="store_true", help="show: for programs")
+    running.add_argument("-h", "--help", action="help", help="show this and exit")
+    running.add_argument("-V", "--version", action="store_true", help="show the version and exit")
+
+    criu = parser.add_argument_group("taken as criu takes them")
+    criu.add_argument("--config", metavar="FILE", type=Path, help="read options from this file too")
+    criu.add_argument(
+        "--no-default-config", action="store_true", help="do not read criu's configuration files"
+    )
+    criu.add_argument("-j", "--shell-job", action="store_true", help="no meaning here")
+
+    remote = parser.add_argument_group("pages from a page server (not built yet)")
+    remote.add_argument("--page-server", action="store_true")
+    remote.add_argument("--address", metavar="HOST")
+    remote.add_argument("--port", metavar="N")
+    remote.add_argument("--ps-socket", metavar="FD")
+    remote.add_argument("--tls", action="store_true")
+    for name in ("--tls-cacert", "--tls-cacrl", "--tls-cert", "--tls-key"):
+        remote.add_argument(name, metavar="FILE")
+    remote.add_argument("--tls-no-cn-verify", action="store_true")
+    return parser
+
+
+def _rate(text: str) -> int:
+    match = _RATE.fullmatch(text.strip())
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text}: not a rate such as 64M")
+    return max(1, int(float(match[1]) * _UNITS[match[2].upper()]))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: not a number")
+    return int(text)
+
+
+def _spell_out(arguments: Sequence[str]) -> list[str]:
+    """Replace what argparse cannot: an option whose value is optional and joined (-v4, --verbosity)."""
+    spelled = []
+    for argument in arguments:
+        if match := re.fullmatch(r"-([dj]*)v(\d+)", argument):
+            spelled += [f"-{match[1]}"] if match[1] else []
+            spelled.append(f"--verbosity={match[2]}")
+        else:
+            spelled.append("-v" if argument == "--verbosity" else argument)
+    return spelled
+
+
+def _config_arguments(path: Path, parser: _Parser) -> list[str]:
+    """Return the options of a configuration file that mean something here: `name value` lines, # comments."""
+    import shlex  # noqa: PLC0415  few have such a file
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from error
+    arguments: list[str] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise UsageError(f"{path}, line {number}: {error}") from error
+        option = f"--{words[0]}" if words else ""
+        if option in parser._option_string_actions and option not in ("--help", "--config"):
+            arguments += [option] if len(words) == 1 else [f"{option}={' '.join(words[1:])}"]
+    return _spell_out(arguments)
+
+
+def _default_configs() -> list[Path]:
+    """Return the configuration files that criu reads unasked, in its order."""
+    paths = [Path("/etc/criu/default.conf")]
+    if home := os.environ.get("HOME"):
+        paths.append(Path(home) / ".criu/default.conf")
+    return [path for path in paths if path.exists()]
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line; UsageError if it makes no sense. The command line wins over configuration files."""
+    parser = _make_parser()
+    spelled = _spell_out(arguments)
+    given = parser.parse_intermixed_args(spelled)
+    configs = [] if given.no_default_config else _default_configs()
+    if variable := os.environ.get("CRIU_CONFIG_FILE"):
+        configs.append(Path(variable))
+    if given.config is not None:
+        configs.append(given.config)
+    extra = [argument for path in configs for argument in _config_arguments(path, parser)]
+    if extra:
+        defaults = parser.parse_intermixed_args(extra)
+        for name, value in vars(defaults).items():
+            if getattr(given, name) in (None, False):
+                setattr(given, name, value)
+    return given
+
+
+def _directory(given: argparse.Namespace) -> Path:
+    """Return the one directory that show and verify are about."""
+    named = [Path(word) for word in given.words[1:]]
+    if given.images_dir is not None:
+        named.append(given.images_dir)
+    if len(named) != 1:
+        raise UsageError(f"lazyd {given.words[0]}: one directory of images is needed, {len(named)} are given")
+    return named[0]
+
+
+def _show(given: argparse.Namespace) -> int:
+    from lazyd.image.show import describe, render  # noqa: PLC0415  see the head of this module
+
+    description = describe(_directory(given))
+    if given.json:
+        import json  # noqa: PLC0415
+
+        print(json.dumps(description, indent=1))
+    else:
+        print(render(description))
+    return 0
+
+
+def _verify(given: argparse.Namespace) -> int:
+    from lazyd.image.verify import verify  # noqa: PLC0415  see the head of this module
+
+    directory = _directory(given)
+    findings = verify(directory)
+    for finding in findings:
+        print(finding)
+    if not findings:
+        print(f"{directory}: good")
+    return 1 if findings else 0
+
+
+def _lazy_pages(given: argparse.Namespace) -> int:
+    if given.json:
+        raise UsageError("lazyd: --json is for show; the statistics of a restore go to --stats FILE")
+    for name in _REMOTE:
+        if getattr(given, name):
+            raise UsageError(f"lazyd: --{name.replace('_', '-')}: pages from a page server are not built yet")
+    if len(given.words) > 1:
+        raise UsageError(f"lazyd: {given.words[1]}: one word too many")
+    if given.images_dir is None:
+        raise UsageError("lazyd: no images are named: -D DIR is needed")
+    if given.fill == "off" and given.fill_rate:
+        raise UsageError("lazyd: --fill-rate is for a fill that --fill off turns off")
+
+    from lazyd.daemon import Options, serve  # noqa: PLC0415  see the head of this module
+    from lazyd.report import Log, Show  # noqa: PLC0415
+    from lazyd.session import Settings  # noqa: PLC0415
+    from lazyd.uffd import Fill  # noqa: PLC0415
+
+    show = Show.LINES
+    if given.no_progress:
+        show = Show.NOTHING
+    elif sys.stderr.isatty() and given.log_file is None and not given.daemon:
+        show = Show.BAR
+    settings = Settings(
+        images=given.images_dir,
+        dialect=given.pagemap_format or "auto",
+        fill=Fill.OFF if given.fill == "off" else Fill.FULL,
+        fill_rate=given.fill_rate or 0,
+        workers=given.workers or 0,
+    )
+    options = Options(
+        settings=settings,
+        work=given.work_dir if given.work_dir is not None else given.images_dir,
+        log_file=given.log_file,
+        pidfile=given.pidfile,
+        status_fd=given.status_fd,
+        statistics=given.stats,
+        is_daemon=given.daemon,
+        show=show,
+    )
+    return serve(options, Log(_DEFAULT_VERBOSITY if given.verbosity is None else given.verbosity))
+
+
+class _Verb(Enum):
+    """The first word, and what it starts."""
+
+    LAZY_PAGES = "lazy-pages"
+    SHOW = "show"
+    VERIFY = "verify"
+
+
+_VERBS: dict[_Verb, Callable[[argparse.Namespace], int]] = {
+    _Verb.LAZY_PAGES: _lazy_pages,
+    _Verb.SHOW: _show,
+    _Verb.VERIFY: _verify,
+}
+
+
+def _run(arguments: Sequence[str]) -> int:
+    given = parse(arguments)
+    if given.version:
+        from lazyd.report import version  # noqa: PLC0415
+
+        print(f"lazyd {version()}")
+        return 0
+    word = given.words[0] if given.words else _Verb.LAZY_PAGES.value
+    try:
+        verb = _Verb(word)
+    except ValueError:
+        known = ", ".join(verb.value for verb in _Verb)
+        raise UsageError(f"lazyd: {word}: no such command (there are {known})") from None
+    return _VERBS[verb](given)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    try:
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+        return code
+    except LazydError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; what is still buffered must not be flushed into nothing at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 1

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: MIT
+"""Wires one restore together: log, images, socket, and, if asked for, the step into the background.
+
+Everything that can fail for a reason the user can mend fails before the socket listens, and in the foreground: the
+parent of a --daemon leaves with 0 only when its child listens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from lazyd.errors import LazydError, SystemCallError
+from lazyd.report import Log, Moments, Outcome, Progress, Show, statistics, summary_lines, write_statistics
+from lazyd.restore_socket import Listener
+from lazyd.session import Session, Settings
+from lazyd.uffd import check_permission
+
+
+class Options(NamedTuple):
+    """What the command line says of one restore. Relative paths: log_file and pidfile are in the work directory."""
+
+    settings: Settings
+    work: Path
+    log_file: Path | None
+    pidfile: Path | None
+    status_fd: int | None
+    statistics: Path | None
+    is_daemon: bool
+    show: Show
+
+
+class Announcement:
+    """Where others learn that the socket listens. Files are opened before, so that none fails when it is too late."""
+
+    def __init__(self, options: Options) -> None:
+        """Open what is to be written."""
+        self._status_fd = options.status_fd
+        self._path = options.pidfile
+        self._pidfile: int | None = None
+        if options.status_fd is not None:
+            try:
+                os.set_inheritable(options.status_fd, False)
+            except OSError as error:
+                raise SystemCallError(f"--status-fd {options.status_fd}", error.errno or 0) from error
+        if self._path is not None:
+            try:
+                self._pidfile = os.open(
+                    self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644
+                )
+            except OSError as error:
+                raise SystemCallError("opening the pidfile", error.errno or 0, path=self._path) from error
+
+    def write(self) -> None:
+        """Write this process's pid and the status byte, and close both."""
+        if self._pidfile is not None:
+            try:
+                os.write(self._pidfile, str(os.getpid()).encode())
+            except OSError as error:
+                raise SystemCallError("writing the pidfile", error.errno or 0, path=self._path) from error
+            os.close(self._pidfile)
+        if self._status_fd is not None:
+            # Whoever waited there and has gone does not wait any more.
+            with contextlib.suppress(OSError):
+                os.write(self._status_fd, b"\0")
+            os.close(self._status_fd)
+
+
+def serve(options: Options, log: Log) -> int:
+    """Serve one restore and return the exit code."""
+    path = options.settings.images
+    unfinished = Outcome(1, None, str(path), None, None, Moments(), None, (), ())
+    statistics_path = options.statistics.absolute() if options.statistics is not None else None
+    try:
+        if options.log_file is not None:
+            log.open(options.work / options.log_file)
+        outcome = _serve(options, log)
+    except LazydError as error:
+        log.error(str(error))
+        moments = Moments(end=log.elapsed())
+        outcome = unfinished._replace(reason=str(error), problems=(str(error),), moments=moments)
+    if outcome is None:
+        return 0
+    for line in summary_lines(outcome):
+        log.info(line)
+    if statistics_path is not None:
+        try:
+            write_statistics(statistics_path, statistics(outcome))
+        except LazydError as error:
+            log.error(str(error))
+            return 1
+    return outcome.exit_code
+
+
+def _serve(options: Options, log: Log) -> Outcome | None:
+    """Serve one restore; None in the parent of a daemon that listens."""
+    work = options.work.absolute()
+    check_permission()
+    progress = Progress(log, options.show)
+    with Session(options.settings, log, progress) as session, contextlib.ExitStack() as stack:
+        listener = Listener(work)
+        # In the parent of a daemon the name must stay.
+        stack.callback(listener.close)
+        pidfile = None if options.pidfile is None else work / options.pidfile
+        announcement = Announcement(options._replace(pidfile=pidfile))
+        ready = None
+        if options.is_daemon:
+            ready = _into_background(listener)
+            if ready is None:
+                return None
+        stack.callback(listener.unlink)
+        session.start()
+        announcement.write()
+        session.note_listening()
+        if ready is not None:
+            _leave_terminal(log)
+            os.write(ready, b"\0")
+            os.close(ready)
+        return session.run(listener)
+
+
+def _into_background(listener: Listener) -> int | None:
+    """Fork. In the child: return where to write one byte once it listens. In the parent: wait for it, return None."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        os.setsid()
+        return writing
+    os.close(writing)
+    with open(reading, "rb") as pipe:  # noqa: PTH123  a descriptor, not a path
+        is_ready = pipe.read(1) == b"\0"
+    if is_ready:
+        return None
+    os.waitpid(child, 0)
+    # The child has said on our stderr, which it shares, what went wrong.
+    listener.unlink()
+    raise SystemExit(1)
+
+
+def _leave_terminal(log: Log) -> None:
+    log.detach()
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    if null > 2:
+        os.close(null)

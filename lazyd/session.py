@@ -1,0 +1,464 @@
+# SPDX-License-Identifier: MIT
+"""One restore: its tasks, the restorer that hands them over, and how it ends.
+
+Everything waits in one loop: for the restorer, for the engine's notices, for signals and for the next line of
+progress. Pages do not pass through here; a slow loop delays a report, never a fault.
+
+How it ends, in the order of what is asked first:
+
+- finished, and every task filled or gone: 0; or 1 if any page could not be had, a task failed, or the restorer never
+  handed a task over. What can be served is served to the end all the same.
+- the restorer hung up before "finished", or broke the protocol: all that is missing is poisoned, 1.
+- a signal before the first task: nothing depends on us, 1 at once (stock dies of the signal, which is not 0 either).
+- a signal later: the fill is finished first, without a limit, and the end is as above. A second one within five
+  seconds: the tasks that still depend on us are stopped with SIGSTOP and what is missing is poisoned, so that one
+  that is continued gets SIGBUS where a byte is missing, and never zeros; 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import selectors
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from enum import Enum
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import NamedTuple
+
+from lazyd.errors import ImageError, LazydError, ProtocolError, RestoreError
+from lazyd.image import Checkpoint, Kind, load
+from lazyd.report import Log, Moments, Outcome, Progress
+from lazyd.restore_socket import SOCKET_NAME, Connection, Event, Finished, HungUp, Listener, TaskUffd, Zombie
+from lazyd.target import Target, descendants, find_run_pid, waits_for_userfaults
+from lazyd.uffd import Engine, Fill, Notice, NoticeKind, TaskInfo, TaskStatus
+from lazyd.units import PAGE_SIZE, human_bytes
+
+SECOND_SIGNAL_S = 5.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+
+
+class Settings(NamedTuple):
+    """What one restore is to be like. `fill_rate` is bytes a second, 0 without limit; 0 workers: as many as fit."""
+
+    images: Path
+    dialect: str
+    fill: Fill
+    fill_rate: int
+    workers: int
+
+
+class _End(Enum):
+    """Why the loop ends."""
+
+    SERVED = "served"
+    ABANDONED = "abandoned"
+
+
+class Session:
+    """One restore, from the images to the last task. It owns its engine."""
+
+    def __init__(self, settings: Settings, log: Log, progress: Progress) -> None:
+        """Load and check the images and prepare every task; ImageError if any of it cannot be trusted."""
+        self._settings = settings
+        self._log = log
+        self._progress = progress
+        self._tasks: dict[int, int] = {}
+        """Image pid to the engine's number, of the tasks that have not been announced yet."""
+        self._zombies: set[int] = set()
+        self._announced: set[int] = set()
+        self._targets: dict[int, Target] = {}
+        self._source_paths: list[Path] = []
+        self._dialect: str | None = None
+        self._chain_depth: int | None = None
+        self._moments = Moments()
+        self._problems: list[str] = []
+        self._reason: str | None = None
+        self._is_finished = False
+        self._last_signal: float | None = None
+        self._end: _End | None = None
+        self._selector = selectors.DefaultSelector()
+        self._connection: Connection | None = None
+        # Before the images: it raises the limit of open files, and a long chain has many of them.
+        self._engine = Engine(workers=settings.workers, fill=settings.fill, fill_rate=settings.fill_rate)
+        try:
+            with load(settings.images, settings.dialect) as checkpoint:
+                self._prepare(checkpoint)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release everything."""
+        if self._connection is not None:
+            self._connection.close()
+        for target in self._targets.values():
+            target.close()
+        self._targets.clear()
+        self._selector.close()
+        self._engine.close()
+
+    def _prepare(self, checkpoint: Checkpoint) -> None:
+        for task in checkpoint.tasks:
+            remote = task.extents.pages_by_kind()[Kind.REMOTE]
+            if remote:
+                reason = f"{remote} pages of task {task.pid} are only at a page server, and none is given"
+                raise ImageError(checkpoint.path, reason)
+        for source in checkpoint.sources:
+            self._engine.add_source(source.fd)
+            self._source_paths.append(source.path)
+        # Taken out one by one: the engine has a copy of its own, and a table can be hundreds of megabytes.
+        tasks, checkpoint.tasks = checkpoint.tasks, []
+        pages = 0
+        while tasks:
+            task = tasks.pop(0)
+            if task.is_zombie:
+                self._zombies.add(task.pid)
+                continue
+            ranges = [(vma.start, vma.end) for vma in task.vmas if vma.is_lazy]
+            number = self._engine.prepare(task.pid, task.extents.buffer, ranges)
+            self._tasks[task.pid] = number
+            pages += self._engine.task(number).image_pages
+        self._dialect = checkpoint.dialect.value
+        self._chain_depth = checkpoint.depth
+        self._moments = self._moments._replace(loaded=self._log.elapsed())
+        self._loaded = (
+            f"{checkpoint.path}: {len(self._tasks)} tasks and {len(self._zombies)} zombies,"
+            f" {human_bytes(pages * PAGE_SIZE)} to serve lazily, from {len(self._source_paths)} pages images in a"
+            f" chain of {checkpoint.depth}; {checkpoint.dialect.value} ({checkpoint.dialect_reason})"
+        )
+
+    def start(self) -> None:
+        """Start the engine's threads; after any fork of this process."""
+        self._engine.start()
+
+    def note_listening(self) -> None:
+        """Tell those who wait for the socket."""
+        self._moments = self._moments._replace(listening=self._log.elapsed())
+        self._log.message(f"listening on {SOCKET_NAME}")
+        self._log.info(self._loaded)
+
+    def run(self, listener: Listener) -> Outcome:
+        """Serve one restorer, to the end."""
+        with _signals_as_bytes() as signals:
+            self._wait(signals, lambda: self._on_signals(signals))
+            self._wait(listener, lambda: self._on_restorer(listener))
+            self._wait(self._engine.notify_fd, self._on_notices)
+            try:
+                while self._end is None:
+                    for key, _ in self._selector.select(self._progress.due_in()):
+                        callback: Callable[[], None] = key.data
+                        callback()
+                    self._progress.update(self._engine.totals)
+            except BaseException as error:
+                # Whatever it is: closing the engine now would let the tasks read zeros.
+                self._fail(str(error) if isinstance(error, LazydError) else _describe(error))
+                self._stop_tasks()
+        return self._finish()
+
+    def _wait(
+        self, source: int | socket.socket | Listener | Connection, callback: Callable[[], None]
+    ) -> None:
+        self._selector.register(source, selectors.EVENT_READ, callback)
+
+    def _finish(self) -> Outcome:
+        now = self._log.elapsed()
+        totals = self._engine.totals()
+        self._moments = self._moments._replace(end=now)
+        if self._end is _End.SERVED and self._moments.full is None:
+            self._moments = self._moments._replace(full=now)
+        if self._reason is None and totals.poisoned_pages:
+            self._fail(f"{totals.poisoned_pages} pages could not be had")
+        self._progress.end(totals)
+        return Outcome(
+            exit_code=0 if self._reason is None else 1,
+            reason=self._reason,
+            images=str(self._settings.images),
+            dialect=self._dialect,
+            chain_depth=self._chain_depth,
+            moments=self._moments,
+            totals=totals,
+            tasks=self._task_infos(),
+            problems=self._problems,
+        )
+
+    def _task_infos(self) -> list[TaskInfo]:
+        infos: list[TaskInfo] = []
+        with contextlib.suppress(KeyError):
+            while True:
+                infos.append(self._engine.task(len(infos)))
+        return infos
+
+    def _fail(self, reason: str) -> None:
+        """Log a problem and make sure that the exit code says so."""
+        self._log.error(reason)
+        self._problems.append(reason)
+        if self._reason is None:
+            self._reason = reason
+
+    # The restorer
+
+    def _on_restorer(self, listener: Listener) -> None:
+        connection = listener.accept()
+        if connection is None:
+            return
+        self._log.debug("the restorer has connected")
+        self._selector.unregister(listener)
+        listener.close()
+        self._connection = connection
+        self._wait(connection, self._on_connection)
+
+    def _on_connection(self) -> None:
+        assert self._connection is not None, "registered as long as there is one"
+        try:
+            for event in self._connection.receive():
+                self._take(event)
+        except ProtocolError as error:
+            self._hang_up()
+            self._abandon(str(error))
+
+    def _hang_up(self) -> None:
+        if self._connection is not None:
+            self._selector.unregister(self._connection)
+            self._connection.close()
+            self._connection = None
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case TaskUffd(pid, uffd, sender):
+                self._attach(pid, uffd, sender)
+            case Zombie(pid):
+                self._announce(pid, self._zombies, "zombie")
+                self._log.debug(f"task {pid} is a zombie")
+            case Finished():
+                self._restore_finished()
+            case HungUp():
+                self._hang_up()
+                handed = (
+                    f"{len(self._announced)} of {len(self._tasks) + len(self._announced)} tasks handed over"
+                )
+                self._abandon(f"{SOCKET_NAME}: the restorer hung up before it had finished, {handed}")
+
+    def _announce(self, pid: int, expected: dict[int, int] | set[int], what: str) -> None:
+        if pid in self._announced:
+            raise ProtocolError(SOCKET_NAME, f"task {pid} was announced twice")
+        if pid not in expected:
+            in_images = pid in self._tasks or pid in self._zombies
+            says = f"{'not a ' + what if in_images else 'no such task'} in {self._settings.images}"
+            raise ProtocolError(SOCKET_NAME, f"{what} {pid} was announced: {says}")
+        self._announced.add(pid)
+
+    def _attach(self, pid: int, uffd: int, sender: int) -> None:
+        try:
+            self._announce(pid, self._tasks, "task")
+            run_pid = find_run_pid(pid, sender)
+            number = self._tasks.pop(pid)
+            self._engine.attach(number, uffd, run_pid)
+        except BaseException:
+            os.close(uffd)
+            raise
+        if self._moments.first_task is None:
+            self._moments = self._moments._replace(first_task=self._log.elapsed())
+        if run_pid:
+            # Gone already, or no descriptor left: then it cannot be stopped in an emergency, and no more than that.
+            with contextlib.suppress(OSError):
+                self._targets[number] = Target(run_pid)
+        self._log.debug(f"task {pid} (pid {run_pid or 'unknown'} here) is served")
+
+    def _restore_finished(self) -> None:
+        self._hang_up()
+        self._is_finished = True
+        self._moments = self._moments._replace(restored=self._log.elapsed())
+        for pid in self._tasks:
+            # If it runs, it runs on zeros, and nobody here can help it.
+            self._fail(f"{SOCKET_NAME}: the restorer finished without handing over task {pid}")
+        self._engine.finish_restore()
+        self._progress.begin()
+        self._log.info(f"restore finished: {len(self._announced)} tasks")
+        self._look_for_the_end()
+
+    # The engine
+
+    def _on_notices(self) -> None:
+        for notice in self._engine.notices():
+            self._report(notice)
+        self._look_for_the_end()
+
+    def _look_for_the_end(self) -> None:
+        if self._is_finished and self._end is None and not self._engine.totals().serving:
+            self._moments = self._moments._replace(full=self._log.elapsed())
+            self._end = _End.SERVED
+
+    def _report(self, notice: Notice) -> None:
+        who = self._name(notice.task)
+        pages = f"{notice.value} page{'' if notice.value == 1 else 's'} at {notice.address:#x}"
+        why = f"{errno.errorcode.get(-notice.error, -notice.error)}: {os.strerror(-notice.error)}"
+        source = self._source_paths[notice.source] if notice.source < len(self._source_paths) else "?"
+        match notice.kind:
+            case NoticeKind.TASK_FILLED:
+                self._log.debug(f"{who}: full")
+                self._let_go(notice.task)
+            case NoticeKind.TASK_GONE:
+                self._log.debug(f"{who}: gone")
+                self._let_go(notice.task)
+            case NoticeKind.FORKED:
+                self._log.debug(f"{self._name(notice.value)}: forked {who}")
+            case NoticeKind.UNREADABLE:
+                self._fail(
+                    f"{who}: {pages} cannot be read from {source} ({why}): poisoned, touching it is SIGBUS"
+                )
+            case NoticeKind.HELD:
+                self._fail(
+                    f"{who}: {pages} cannot be read from {source} ({why}): whoever touches it waits for ever"
+                )
+            case NoticeKind.SOURCE_CHANGED:
+                self._fail(f"{source}: changed while it is being served, it has {notice.value} bytes now")
+            case NoticeKind.SUSPECT:
+                self._fail(f"{who}: {pages} may be wrong: {source} was cut while they were copied")
+            case NoticeKind.TASK_FAILED:
+                missed = f", {notice.value} pages could not be" if notice.value else ""
+                self._fail(f"{who}: cannot be served any more ({why}): what was missing is poisoned{missed}")
+                self._let_go(notice.task)
+            case NoticeKind.LOST:
+                self._log.warning(f"{notice.value} notices were lost; the totals have them all")
+
+    def _name(self, number: int) -> str:
+        try:
+            info = self._engine.task(number)
+        except KeyError:
+            return f"task number {number}"
+        if info.parent >= 0:
+            return f"task {info.image_pid}, forked as number {number}"
+        return f"task {info.image_pid}"
+
+    def _let_go(self, number: int) -> None:
+        """Forget a task that does not need us any more, unless children that do may be found by it."""
+        target = self._targets.get(number)
+        if target is not None and (target.is_gone() or not self._engine.totals().forks):
+            target.close()
+            del self._targets[number]
+
+    # Signals
+
+    def _on_signals(self, signals: socket.socket) -> None:
+        for number in signals.recv(64):
+            if number in _SIGNALS and self._end is None:
+                self._on_signal(signal.Signals(number))
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        now = self._log.elapsed()
+        totals = self._engine.totals()
+        if not totals.serving and not self._is_finished:
+            self._fail(f"{number.name}: nothing depends on this daemon yet, it ends")
+            self._engine.abandon()
+            self._end = _End.ABANDONED
+            return
+        if number is signal.SIGHUP:
+            self._log.warning("SIGHUP: tasks depend on this daemon, it carries on")
+            return
+        if self._last_signal is not None and now - self._last_signal < SECOND_SIGNAL_S:
+            self._fail(f"{number.name} again: stopping {totals.serving} tasks and giving up")
+            self._stop_tasks()
+            return
+        self._last_signal = now
+        self._engine.hurry()
+        self._log.warning(
+            f"{number.name}: {totals.serving} tasks still miss {human_bytes(totals.left_pages * PAGE_SIZE)};"
+            f" finishing the fill first (again within {SECOND_SIGNAL_S:.0f} seconds: stop the tasks instead)"
+        )
+
+    # Giving up
+
+    def _abandon(self, reason: str) -> None:
+        """Poison what is missing and end: the restore has failed."""
+        self._fail(str(RestoreError(reason)))
+        self._engine.abandon()
+        self._end = _End.ABANDONED
+
+    def _stop_tasks(self) -> None:
+        """Stop every task that still depends on us, then poison what it misses."""
+        stopped = list(self._stop_known_tasks())
+        unknown = sum(info.status is TaskStatus.SERVING and not info.run_pid for info in self._task_infos())
+        self._engine.abandon()
+        self._end = _End.ABANDONED
+        if stopped:
+            self._log.warning(
+                f"stopped: {', '.join(map(str, stopped))}; SIGCONT lets one go on until it touches a page it misses,"
+                " which is SIGBUS"
+            )
+        if unknown:
+            self._log.warning(
+                f"{unknown} forked tasks are known to the kernel only: those that were not found among the"
+                " children go on until they touch a page they miss, which is SIGBUS"
+            )
+
+    def _stop_known_tasks(self) -> Iterator[int]:
+        """Stop the tasks that are being served and, below any that ever was, the children that still wait."""
+        known = {target.pid: number for number, target in self._targets.items()}
+        for pid, number in known.items():
+            if self._engine.task(number).status is TaskStatus.SERVING and self._targets[number].stop():
+                yield pid
+        stopped: set[int] = set()
+        while True:
+            # Until a round finds none: what was not stopped yet may have forked meanwhile.
+            found = {
+                pid
+                for root in known
+                for pid in descendants(root)
+                if pid not in known and pid not in stopped and waits_for_userfaults(pid)
+            }
+            if not found:
+                return
+            for pid in found:
+                stopped.add(pid)
+                with contextlib.suppress(OSError):
+                    target = Target(pid)
+                    try:
+                        # Held first, then asked again: the pid may have been dealt out anew in between.
+                        if waits_for_userfaults(pid) and target.stop():
+                            yield pid
+                    finally:
+                        target.close()
+
+
+def _describe(error: BaseException) -> str:
+    """Return a bug's whole trace: nobody may be there to see it on a terminal."""
+    import traceback  # noqa: PLC0415  slow to import, and needed by bugs only
+
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+class _signals_as_bytes:  # noqa: N801  reads as the verb it is
+    """A socket that gets one byte for each signal that would end the daemon, in place of the ending."""
+
+    def __enter__(self) -> socket.socket:
+        self._reading, self._writing = socket.socketpair()
+        self._reading.setblocking(False)
+        self._writing.setblocking(False)
+        self._previous_fd = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+        self._previous = {number: signal.signal(number, _ignore) for number in _SIGNALS}
+        return self._reading
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        self._reading.close()
+        self._writing.close()
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Do nothing: the byte in the socket says it."""
