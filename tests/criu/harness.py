@@ -263,6 +263,19 @@ def lazy_restore(
     return Outcome(saved.result, daemon_exit, daemon.output.read_text(errors="replace"), work, daemon.report())
 
 
+def eager_restore(saved: Checkpoint, work: Path, images: Path | None = None) -> str:
+    """Restore with no daemon, as a check of images that were rewritten; return the program's verdict."""
+    work.mkdir(parents=True, exist_ok=True)
+    (saved.state / "result").unlink(missing_ok=True)
+    (saved.state / "go").touch()
+    try:
+        criu_restore(saved.suite, images or saved.images, work, ())
+        wait_until(lambda: saved.result.endswith("\n"), "the program's verdict")
+    finally:
+        reap_group(saved.pid)
+    return saved.result
+
+
 def task_states(pid: int) -> str:
     """Say what a task's threads are doing, for a report of a hang."""
     lines = []
