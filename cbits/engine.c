@@ -428,8 +428,8 @@ void lz_engine_totals(struct lz_engine *engine, struct lz_totals *totals)
 		for (uint32_t k = 0; k < LZ_LATENCY_BUCKETS; k++)
 			ADD(fault_ns[k]);
 #undef ADD
-		if (from->fault_ns_max > totals->fault_ns_max)
-			totals->fault_ns_max = from->fault_ns_max;
+		if (__atomic_load_n(&from->fault_ns_max, __ATOMIC_RELAXED) > totals->fault_ns_max)
+			totals->fault_ns_max = __atomic_load_n(&from->fault_ns_max, __ATOMIC_RELAXED);
 	}
 	for (uint32_t i = 0; i < tasks; i++) {
 		const struct lz_task *task = lz_engine_task_at(engine, i);

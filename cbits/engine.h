@@ -3,6 +3,7 @@
 #ifndef LZ_ENGINE_H
 #define LZ_ENGINE_H
 
+#include "layout.h"
 #include "space.h"
 
 #include <pthread.h>
@@ -42,6 +43,9 @@ struct lz_task {
 	uint64_t unsettled_ns;  /* its layout was changing: leave it alone until then */
 	uint64_t probe_ns;      /* when to look whether its memory is still there */
 	uint64_t held_pages;    /* neither installed nor poisoned: their faults stay blocked */
+	uint64_t watched_ns;    /* when its unsettled layout was last looked at */
+	struct lz_event event[LZ_BATCH]; /* read, not applied yet: see layout.h */
+	uint32_t events;
 	uint32_t handed_back;   /* regions were looked at for what can go back to the kernel at once */
 	struct lz_stream stream[LZ_STREAMS];
 };
@@ -81,6 +85,7 @@ struct lz_worker {
 	uint32_t task_capacity;
 	uint32_t turn; /* whose background fill is next */
 	uint32_t pendings;
+	uint32_t outstanding; /* tasks with events that are not applied yet */
 	struct lz_task **task;
 	struct lz_pending pending[LZ_PENDING];
 	pthread_mutex_t inbox_lock;
@@ -121,8 +126,8 @@ struct lz_engine {
  * serves does something else. In the product they are nothing.
  */
 #ifdef LZ_TEST_POINTS
-void lz_point(const char *name, uint64_t address);
-#define LZ_POINT(name, address) lz_point(name, address)
+__attribute__((weak)) void lz_point(const char *name, uint64_t address);
+#define LZ_POINT(name, address) (lz_point ? lz_point(name, address) : (void)0)
 #else
 #define LZ_POINT(name, address) ((void)0)
 #endif

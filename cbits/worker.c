@@ -46,6 +46,8 @@
 #define SPIN_NS 50000U              /* looks for the next fault this long before it blocks */
 #define FIRST_BACKOFF_NS 2000U      /* after an EAGAIN: doubles up to the last */
 #define LAST_BACKOFF_NS 1000000U
+#define SETTLE_NS 30000U            /* waits this long in place for a layout to settle */
+#define WATCH_NS 10000U             /* looks closer together than this miss nothing (layout.h, overlapped) */
 #define PROBE_NS 50000000U          /* how often an idle task is asked whether it still exists */
 #define ACTIVE_NS 1000000U          /* a task that faulted within this time gets small chunks of fill */
 #define ACTIVE_CHUNK_PAGES 16U
@@ -147,8 +149,14 @@ static void end_task(struct lz_worker *worker, struct lz_task *task, enum lz_tas
 	notify(worker, notice);
 }
 
+static void apply_batch(struct lz_worker *worker, struct lz_task *task);
+
 static void task_gone(struct lz_worker *worker, struct lz_task *task)
 {
+	if (task->events)
+		apply_batch(worker, task); /* a child that it forked lives on */
+	if (!is_serving(task))
+		return;
 	count(&worker->counters->dropped_pages, task->left_pages);
 	forget_left(task, task->left_pages);
 	end_task(worker, task, LZ_TASK_GONE, (struct lz_notice){ .kind = LZ_NOTICE_TASK_GONE });
@@ -541,6 +549,10 @@ static void answer_or_hold(struct lz_worker *worker, struct lz_task *task, uint6
 
 	if (!is_serving(task))
 		return;
+	if (task->events) {
+		hold_fault(worker, task, address, since); /* nothing can be installed now */
+		return;
+	}
 	result = answer(worker, task, address);
 	if (!settle_outcome(worker, task, result)) {
 		hold_fault(worker, task, address, since);
@@ -611,54 +623,114 @@ static void apply_fork(struct lz_worker *worker, struct lz_task *task, int uffd)
 					   .error = result });
 }
 
-static void apply_event(struct lz_worker *worker, struct lz_task *task, const struct uffd_msg *message)
+static void apply_event(struct lz_worker *worker, struct lz_task *task, const struct lz_event *event)
 {
 	struct lz_arena *arena = worker->engine->arena;
-	uint64_t start, end, to;
 	int result = 0;
 
-	LZ_POINT("event-read", message->event);
-	task->fill_region = 0;
-	task->near = 0;
-	task->backoff_ns = FIRST_BACKOFF_NS;
-	switch (message->event) {
+	switch (event->event) {
 	case UFFD_EVENT_FORK:
-		apply_fork(worker, task, (int)message->arg.fork.ufd);
+		apply_fork(worker, task, event->uffd);
 		break;
 	case UFFD_EVENT_REMAP:
-		start = message->arg.remap.from;
-		to = message->arg.remap.to;
-		end = start + message->arg.remap.len;
-		count(&worker->counters->remaps, 1);
-		drop_range(worker, task, to, to + (end - start));
-		result = lz_space_remap(arena, &task->space, start, to, end - start);
-		lz_uffd_wake(task->uffd, start, end - start);
+		drop_range(worker, task, event->to, event->to + (event->end - event->start));
+		result = lz_space_remap(arena, &task->space, event->start, event->to, event->end - event->start);
+		lz_uffd_wake(task->uffd, event->start, event->end - event->start);
 		break;
 	case UFFD_EVENT_REMOVE:
-		start = message->arg.remove.start;
-		end = message->arg.remove.end;
-		count(&worker->counters->removes, 1);
-		drop_range(worker, task, start, end);
-		lz_space_remove(arena, &task->space, start, end);
+		drop_range(worker, task, event->start, event->end);
+		lz_space_remove(arena, &task->space, event->start, event->end);
 		break;
-	case UFFD_EVENT_UNMAP:
-		start = message->arg.remove.start;
-		end = message->arg.remove.end;
-		count(&worker->counters->unmaps, 1);
-		drop_range(worker, task, start, end);
-		result = lz_space_unmap(arena, &task->space, start, end);
-		lz_uffd_wake(task->uffd, start, end - start);
-		break;
-	default:
-		result = -EPROTO;
+	default: /* UFFD_EVENT_UNMAP */
+		drop_range(worker, task, event->start, event->end);
+		result = lz_space_unmap(arena, &task->space, event->start, event->end);
+		lz_uffd_wake(task->uffd, event->start, event->end - event->start);
 	}
-	if (result < 0)
+	if (result < 0 && is_serving(task))
 		fail_task(worker, task, result);
 }
 
+struct question {
+	struct lz_worker *worker;
+	struct lz_task *task;
+};
+
+static enum lz_truth registered(void *context, int child, uint64_t address)
+{
+	const struct question *question = context;
+	struct lz_task *task = question->task;
+	int result;
+
+	if (child == LZ_BEFORE)
+		return lz_space_find(question->worker->engine->arena, &task->space, address) < 0 ? LZ_UNKNOWN :
+												   LZ_REGISTERED;
+	result = lz_uffd_probe(child < 0 ? task->uffd : task->event[child].uffd, address, LZ_PAGE_SIZE);
+	return result == -EFAULT ? LZ_REGISTERED : result == -ENOENT ? LZ_NOT_REGISTERED : LZ_UNKNOWN;
+}
+
+/* Apply the batch of events; the layout is settled, or the order does not matter any more. */
+static void apply_batch(struct lz_worker *worker, struct lz_task *task)
+{
+	struct question question = { worker, task };
+	struct lz_event batch[LZ_BATCH];
+	uint8_t order[LZ_BATCH];
+	uint32_t count = task->events;
+
+	lz_layout_order(task->event, count, registered, &question, order);
+	memcpy(batch, task->event, sizeof(batch));
+	task->events = 0;
+	worker->outstanding--;
+	task->fill_region = 0;
+	task->near = 0;
+	settle(task);
+	for (uint32_t i = 0; i < count; i++) {
+		if (is_serving(task))
+			apply_event(worker, task, &batch[order[i]]);
+		else if (batch[order[i]].event == UFFD_EVENT_FORK) /* no longer known what it has: it waits for ever */
+			notify(worker, (struct lz_notice){ .kind = LZ_NOTICE_HELD, .task = task->number });
+	}
+}
+
+static void keep_event(struct lz_worker *worker, struct lz_task *task, const struct uffd_msg *message, uint64_t now)
+{
+	struct lz_event event = { .event = message->event, .uffd = -1 };
+
+	LZ_POINT("event-read", message->event);
+	switch (message->event) {
+	case UFFD_EVENT_FORK:
+		event.uffd = (int)message->arg.fork.ufd;
+		event.overlapped = task->events && now - task->watched_ns < WATCH_NS;
+		break;
+	case UFFD_EVENT_REMAP:
+		event.start = message->arg.remap.from;
+		event.end = event.start + message->arg.remap.len;
+		event.to = message->arg.remap.to;
+		count(&worker->counters->remaps, 1);
+		break;
+	case UFFD_EVENT_REMOVE:
+	case UFFD_EVENT_UNMAP:
+		event.start = message->arg.remove.start;
+		event.end = message->arg.remove.end;
+		count(message->event == UFFD_EVENT_REMOVE ? &worker->counters->removes : &worker->counters->unmaps, 1);
+		break;
+	default:
+		fail_task(worker, task, -EPROTO);
+		return;
+	}
+	if (task->events == LZ_BATCH)
+		apply_batch(worker, task);
+	if (!is_serving(task))
+		return;
+	if (!task->events)
+		worker->outstanding++;
+	if (!task->events || now - task->watched_ns < WATCH_NS)
+		task->watched_ns = now;
+	task->event[task->events++] = event;
+}
+
 /*
- * Drain a task's queue: events are applied as they come, faults collected and answered when the queue is empty. With
- * no list to collect in (faults NULL) they are woken to ask again.
+ * Drain a task's queue: layout events are kept in its batch, the addresses of faults returned. What finds no room is
+ * woken to ask again.
  */
 static uint32_t read_messages(struct lz_worker *worker, struct lz_task *task, uint64_t *faults, uint32_t room)
 {
@@ -684,7 +756,7 @@ static uint32_t read_messages(struct lz_worker *worker, struct lz_task *task, ui
 		}
 		for (uint32_t i = 0; i < (size_t)got / sizeof(message[0]) && is_serving(task); i++) {
 			if (message[i].event != UFFD_EVENT_PAGEFAULT) {
-				apply_event(worker, task, &message[i]);
+				keep_event(worker, task, &message[i], before);
 				continue;
 			}
 			uint64_t address = message[i].arg.pagefault.address & ~(LZ_PAGE_SIZE - 1);
@@ -699,14 +771,59 @@ static uint32_t read_messages(struct lz_worker *worker, struct lz_task *task, ui
 	return found;
 }
 
+/*
+ * Look whether the layout has settled, and apply the batch when it has. True when no event is outstanding.
+ */
+static bool settle_batch(struct lz_worker *worker, struct lz_task *task)
+{
+	uint64_t now;
+
+	if (!task->events)
+		return true;
+	now = lz_now_ns();
+	switch (lz_uffd_settled(task->uffd)) {
+	case -EAGAIN:
+		/* A look that came late may have missed that it was settled in between. */
+		if (now - task->watched_ns < WATCH_NS)
+			task->watched_ns = now;
+		return false;
+	default: /* settled, or the memory is gone: a child that it forked is not */
+		apply_batch(worker, task);
+		return true;
+	}
+}
+
 static void serve(struct lz_worker *worker, struct lz_task *task)
 {
 	uint64_t faults[FAULTS];
 	uint64_t since = task->empty_ns;
 	uint32_t found = read_messages(worker, task, faults, FAULTS);
 
+	if (is_serving(task) && task->events) {
+		/* The thread that waits for us needs a few µs to go on. */
+		uint64_t until = lz_now_ns() + SETTLE_NS;
+
+		while (is_serving(task) && !settle_batch(worker, task)) {
+			found += read_messages(worker, task, &faults[found], FAULTS - found);
+			if (lz_now_ns() < until)
+				continue;
+			unsettle(worker, task, lz_now_ns());
+			break;
+		}
+	}
 	for (uint32_t i = 0; i < found; i++)
 		answer_or_hold(worker, task, faults[i], since);
+}
+
+/* Look again at the layouts that had not settled. */
+static void serve_outstanding(struct lz_worker *worker, uint64_t now)
+{
+	for (uint32_t i = worker->tasks; i-- > 0;) {
+		struct lz_task *task = worker->task[i];
+
+		if (task->events && now >= task->unsettled_ns)
+			serve(worker, task);
+	}
 }
 
 static void retry_pending(struct lz_worker *worker, uint64_t now)
@@ -758,6 +875,8 @@ static int64_t poison_missing(struct lz_worker *worker, struct lz_task *task, in
 				tries--;
 				if (uffd == task->uffd) {
 					read_messages(worker, task, NULL, 0);
+					if (is_serving(task))
+						settle_batch(worker, task);
 					i = 0; /* the layout may have changed */
 					page = 0;
 					region = lz_space_region(arena, &task->space, i);
@@ -781,7 +900,13 @@ static int64_t poison_missing(struct lz_worker *worker, struct lz_task *task, in
 
 static void fail_task(struct lz_worker *worker, struct lz_task *task, int error)
 {
-	int64_t missed = poison_missing(worker, task, task->uffd);
+	int64_t missed;
+
+	if (task->events)
+		apply_batch(worker, task);
+	if (!is_serving(task))
+		return;
+	missed = poison_missing(worker, task, task->uffd);
 
 	if (is_serving(task))
 		end_task(worker, task, LZ_TASK_FAILED,
@@ -983,6 +1108,8 @@ static bool fill(struct lz_worker *worker, uint64_t now)
 
 		if (now < task->unsettled_ns)
 			continue;
+		if (task->events)
+			continue;
 		if (!task->handed_back)
 			hand_back_empty(worker, task);
 		if (!full) {
@@ -1012,6 +1139,8 @@ static void probe_tasks(struct lz_worker *worker, uint64_t now)
 		if (now < task->probe_ns)
 			continue;
 		task->probe_ns = now + interval;
+		if (task->events)
+			continue;
 		if (lz_uffd_settled(task->uffd) == -ESRCH)
 			task_gone(worker, task);
 		else if (finished && !next_to_fill(worker, task, 1, &run, &number))
@@ -1097,6 +1226,8 @@ void *lz_worker_main(void *argument)
 		now = lz_now_ns();
 		wait_for_work(worker, worked || now - busy_ns < SPIN_NS ? 0 : idle_ns(worker, now));
 		now = lz_now_ns();
+		if (worker->outstanding)
+			serve_outstanding(worker, now);
 		if (worker->pendings)
 			retry_pending(worker, now);
 		worked = fill(worker, now);

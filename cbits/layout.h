@@ -1,0 +1,53 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * In which order layout events took effect.
+ *
+ * The kernel raises mmap_changing and changes the layout under mmap_lock, lets go of the lock, and only then queues
+ * the event. Two threads can pass each other in between, so events are read in another order than the one they took
+ * effect in: thread 1 unmaps A, thread 2 moves B to where A was, and "B moved to A" is read before "A unmapped". Taken
+ * at their word, the pages of B would be forgotten and read as zeros. A fork that passes an unmap would lack what its
+ * child still has.
+ *
+ * What saves us: as long as one of the events is outstanding nothing can be installed, so applying them can wait
+ * until all of them have been read and the layout is seen settled; and then the kernel itself says (lz_uffd_probe)
+ * which of the addresses they name are registered now, in the task and in a forked child, which tells the order.
+ * One event alone, the case of every program with one thread, needs no question.
+ */
+#ifndef LZ_LAYOUT_H
+#define LZ_LAYOUT_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#define LZ_BATCH 6U /* events in one batch; more at once are taken as they were read */
+
+/* An event as it was read, not applied yet. */
+struct lz_event {
+	uint64_t start; /* run address of what is moved, unmapped or dropped */
+	uint64_t end;
+	uint64_t to;    /* UFFD_EVENT_REMAP: where to */
+	uint32_t event; /* UFFD_EVENT_* */
+	int32_t uffd;   /* UFFD_EVENT_FORK: the child's */
+	/* UFFD_EVENT_FORK: the layout was watched without a break since the event before and never seen settled, so
+	 * the fork had happened before the thread that raised that event went on. */
+	bool overlapped;
+};
+
+enum lz_truth {
+	LZ_UNKNOWN = -1,
+	LZ_NOT_REGISTERED = 0,
+	LZ_REGISTERED = 1,
+};
+
+/*
+ * Tell whether the page at a run address is registered: now in the task (child < 0), now in the child of the fork
+ * with that number in the batch, or before the batch in the task (child LZ_BEFORE).
+ */
+#define LZ_BEFORE (-2)
+typedef enum lz_truth lz_truth_function(void *context, int child, uint64_t address);
+
+/* Fill order[0..count) with the numbers of the events as they took effect. */
+void lz_layout_order(const struct lz_event *events, uint32_t count, lz_truth_function *truth, void *context,
+		     uint8_t *order);
+
+#endif

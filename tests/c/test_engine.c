@@ -1,0 +1,738 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The engine against the real kernel, with a worker that can be held at named points.
+ *
+ * A victim process maps memory at a fixed address, registers it with its own userfaultfd and hands that to the engine
+ * in this process; then its threads do what they are told, one command each at a time. What every page must hold is a
+ * function of its image address, written into a memfd that plays the pages image. The engine is built with
+ * -DLZ_TEST_POINTS: lz_point below stops a worker at a point until the test lets it go.
+ */
+#define _GNU_SOURCE
+#include "../../cbits/abi.h"
+#include "../../cbits/lz.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifdef __SANITIZE_THREAD__ /* its shadow leaves little of the address space */
+#define BASE 0x4000000000ULL
+#define AWAY 0x5000000000ULL
+#else
+#define BASE 0x200000000000ULL
+#define AWAY 0x210000000000ULL
+#endif
+#define PAGE LZ_PAGE_SIZE
+#define THREADS 4
+
+#define CHECK(condition)                                                                         \
+	do {                                                                                     \
+		if (!(condition)) {                                                              \
+			fprintf(stderr, "%s:%d: %s: not so: %s\n", __FILE__, __LINE__, __func__, \
+				#condition);                                                     \
+			end_victim();                                                            \
+			exit(1);                                                                 \
+		}                                                                                \
+	} while (0)
+
+enum op { NOP, READ, WRITE, DROP, FREE, MOVE, UNMAP, MAP, FORK, EXIT, CALL };
+
+struct slot { /* one victim thread */
+	volatile int op;
+	volatile uint64_t address, to, length;
+	volatile uint64_t result; /* READ: the word read; others: 0, or errno */
+	volatile int done;
+};
+
+struct control {
+	struct slot slot[THREADS];
+	struct slot child; /* commands to the last forked child */
+	volatile int ready, child_pid;
+	volatile int uffd_error;
+};
+
+static struct control *control;
+static pid_t victim;
+static struct lz_engine *engine;
+
+static void end_victim(void)
+{
+	if (control && control->child_pid > 0)
+		kill(control->child_pid, SIGKILL);
+	if (victim > 0) {
+		kill(victim, SIGKILL);
+		waitpid(victim, NULL, 0);
+	}
+	victim = 0;
+}
+
+static uint64_t word_at(uint64_t image_address)
+{
+	uint64_t x = image_address / 8 + 0x9E3779B97F4A7C15ULL;
+
+	x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9ULL;
+	x = (x ^ x >> 27) * 0x94D049BB133111EBULL;
+	return (x ^ x >> 31) | 1;
+}
+
+/* Named points: one armed at a time. */
+
+static struct {
+	pthread_mutex_t lock;
+	pthread_cond_t changed;
+	const char *name;
+	uint64_t address; /* 0: any */
+	bool reached, released;
+} point = { .lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER };
+
+void lz_point(const char *name, uint64_t address);
+void lz_point(const char *name, uint64_t address)
+{
+	pthread_mutex_lock(&point.lock);
+	if (point.name && !strcmp(point.name, name) && (!point.address || point.address == address)) {
+		point.name = NULL;
+		point.reached = true;
+		pthread_cond_broadcast(&point.changed);
+		while (!point.released)
+			pthread_cond_wait(&point.changed, &point.lock);
+	}
+	pthread_mutex_unlock(&point.lock);
+}
+
+static void arm(const char *name, uint64_t address)
+{
+	pthread_mutex_lock(&point.lock);
+	point.name = name;
+	point.address = address;
+	point.reached = point.released = false;
+	pthread_mutex_unlock(&point.lock);
+}
+
+static bool reached(void)
+{
+	struct timespec until;
+	bool result;
+
+	clock_gettime(CLOCK_REALTIME, &until);
+	until.tv_sec += 20;
+	pthread_mutex_lock(&point.lock);
+	while (!point.reached && !pthread_cond_timedwait(&point.changed, &point.lock, &until))
+		;
+	result = point.reached;
+	pthread_mutex_unlock(&point.lock);
+	return result;
+}
+
+static void let_go(void)
+{
+	pthread_mutex_lock(&point.lock);
+	point.released = true;
+	point.name = NULL;
+	pthread_cond_broadcast(&point.changed);
+	pthread_mutex_unlock(&point.lock);
+}
+
+/* The victim */
+
+static void obey(struct slot *slot);
+
+static void run_slot(struct slot *slot)
+{
+	for (;;) {
+		while (slot->op == NOP)
+			sched_yield();
+		obey(slot);
+		__sync_synchronize();
+		slot->op = NOP;
+		slot->done = 1;
+	}
+}
+
+#ifdef __SANITIZE_THREAD__
+__attribute__((no_sanitize("thread"))) /* its races are the point */
+#endif
+static void obey(struct slot *slot)
+{
+	void *at = (void *)(uintptr_t)slot->address;
+
+	slot->result = 0;
+	switch (slot->op) {
+	case READ:
+		slot->result = *(volatile uint64_t *)at;
+		break;
+	case WRITE:
+		*(volatile uint64_t *)at = slot->to;
+		break;
+	case DROP:
+		slot->result = madvise(at, slot->length, MADV_DONTNEED) ? (uint64_t)errno : 0;
+		break;
+	case FREE:
+		slot->result = madvise(at, slot->length, MADV_FREE) ? (uint64_t)errno : 0;
+		break;
+	case MOVE: {
+		void *to = mremap(at, slot->length, slot->length, MREMAP_MAYMOVE | MREMAP_FIXED,
+				  (void *)(uintptr_t)slot->to);
+
+		slot->result = to == MAP_FAILED ? (uint64_t)errno : 0;
+		break;
+	}
+	case UNMAP:
+		slot->result = munmap(at, slot->length) ? (uint64_t)errno : 0;
+		break;
+	case MAP: {
+		void *to = mmap(at, slot->length, PROT_READ | PROT_WRITE,
+				MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+
+		slot->result = to == MAP_FAILED ? (uint64_t)errno : 0;
+		break;
+	}
+	case FORK: {
+		pid_t child = fork();
+
+		if (!child) {
+			prctl(PR_SET_PDEATHSIG, SIGKILL);
+			run_slot(&control->child);
+		}
+		control->child_pid = child;
+		slot->result = child < 0 ? (uint64_t)errno : 0;
+		break;
+	}
+	case CALL: { /* the kernel reads the memory, not the program */
+		int pipes[2];
+
+		if (pipe(pipes) || syscall(SYS_write, pipes[1], at, 8) != 8 ||
+		    read(pipes[0], (void *)(uintptr_t)&slot->result, 8) != 8)
+			slot->result = 0;
+		close(pipes[0]);
+		close(pipes[1]);
+		break;
+	}
+	case EXIT:
+		_exit(0);
+	default:
+		abort();
+	}
+}
+
+static void *victim_thread(void *slot)
+{
+	run_slot(slot);
+	return NULL;
+}
+
+static void send_fd(int link, int fd)
+{
+	char byte = 0, space[CMSG_SPACE(sizeof(int))] = { 0 };
+	struct iovec vector = { &byte, 1 };
+	struct msghdr message = {
+		.msg_iov = &vector, .msg_iovlen = 1, .msg_control = space, .msg_controllen = sizeof(space)
+	};
+	struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+
+	header->cmsg_level = SOL_SOCKET;
+	header->cmsg_type = SCM_RIGHTS;
+	header->cmsg_len = CMSG_LEN(sizeof(int));
+	memcpy(CMSG_DATA(header), &fd, sizeof(int));
+	if (sendmsg(link, &message, 0) != 1)
+		abort();
+}
+
+static int receive_fd(int link)
+{
+	char byte, space[CMSG_SPACE(sizeof(int))];
+	struct iovec vector = { &byte, 1 };
+	struct msghdr message = {
+		.msg_iov = &vector, .msg_iovlen = 1, .msg_control = space, .msg_controllen = sizeof(space)
+	};
+	int fd = -1;
+
+	if (recvmsg(link, &message, MSG_CMSG_CLOEXEC) != 1 || !CMSG_FIRSTHDR(&message))
+		return -1;
+	memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof(int));
+	return fd;
+}
+
+static void victim_main(int link, const struct lz_vma *vmas, uint32_t count)
+{
+	struct uffdio_api api = { .api = UFFD_API,
+				  .features = UFFD_FEATURE_EVENT_FORK | UFFD_FEATURE_EVENT_REMAP |
+					      UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP };
+	int through, uffd = lz_uffd_open(&through);
+	pthread_t thread;
+
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	signal(SIGBUS, SIG_DFL); /* a sanitizer would take it */
+	signal(SIGSEGV, SIG_DFL);
+	if (uffd < 0 || ioctl(uffd, UFFDIO_API, &api))
+		_exit(77);
+	for (uint32_t i = 0; i < count; i++) {
+		struct uffdio_register request = { .range = { vmas[i].start, vmas[i].end - vmas[i].start },
+						   .mode = UFFDIO_REGISTER_MODE_MISSING };
+		void *map = mmap((void *)(uintptr_t)vmas[i].start, vmas[i].end - vmas[i].start,
+				 PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+
+		if (map == MAP_FAILED || ioctl(uffd, UFFDIO_REGISTER, &request))
+			_exit(78);
+	}
+	for (int i = 1; i < THREADS; i++)
+		if (pthread_create(&thread, NULL, victim_thread, &control->slot[i]))
+			_exit(79);
+	send_fd(link, uffd);
+	close(uffd);
+	close(link);
+	control->ready = 1;
+	run_slot(&control->slot[0]);
+}
+
+static void begin(struct slot *slot, enum op op, uint64_t address, uint64_t to, uint64_t length)
+{
+	slot->address = address;
+	slot->to = to;
+	slot->length = length;
+	slot->done = 0;
+	__sync_synchronize();
+	slot->op = op;
+}
+
+static bool finished_within(struct slot *slot, int ms)
+{
+	for (int i = 0; i < ms * 10 && !slot->done; i++)
+		usleep(100);
+	return slot->done;
+}
+
+static uint64_t finish(struct slot *slot)
+{
+	CHECK(finished_within(slot, 20000));
+	return slot->result;
+}
+
+static uint64_t run(int thread, enum op op, uint64_t address, uint64_t to, uint64_t length)
+{
+	begin(&control->slot[thread], op, address, to, length);
+	return finish(&control->slot[thread]);
+}
+
+static uint64_t run_child(enum op op, uint64_t address, uint64_t to, uint64_t length)
+{
+	begin(&control->child, op, address, to, length);
+	return finish(&control->child);
+}
+
+/* Blocked in the kernel, waiting for us: nobody else can make a thread of the victim sleep that long. */
+static bool blocks(struct slot *slot)
+{
+	return !finished_within(slot, 20);
+}
+
+/* The engine over one victim */
+
+struct scene {
+	uint32_t pages;      /* of one VMA at BASE, all dumped but page 3 (zero) and the last 8 (no entry) */
+	enum lz_fill fill;
+	uint32_t vmas;       /* 1, or 2: a second of the same size without image bytes at BASE + 1 GiB */
+	int *source_fd;      /* out, when not NULL: the pages image */
+};
+
+static struct lz_totals totals(void)
+{
+	struct lz_totals now;
+
+	lz_engine_totals(engine, &now);
+	return now;
+}
+
+static void set_up(const struct scene *scene)
+{
+	uint64_t length = scene->pages * PAGE;
+	struct lz_vma vmas[2] = { { BASE, BASE + length }, { BASE + (1 << 30), BASE + (1 << 30) + length } };
+	struct lz_extent extents[] = {
+		{ .start = BASE, .pages = 3, .kind = LZ_KIND_DUMPED, .lazy = 1 },
+		{ .start = BASE + 3 * PAGE, .pages = 1, .kind = LZ_KIND_ZERO, .lazy = 1 },
+		{ .start = BASE + 4 * PAGE, .offset = 3 * PAGE, .pages = scene->pages - 12,
+		  .kind = LZ_KIND_DUMPED, .lazy = 1 },
+	};
+	struct lz_config config = { .workers = 1, .fill = scene->fill, .fault_around_pages = 1 };
+	int link[2], image, error, number, uffd;
+
+	control = mmap(NULL, sizeof(*control), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	CHECK(control != MAP_FAILED);
+	CHECK(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, link));
+	victim = fork();
+	if (!victim)
+		victim_main(link[1], vmas, scene->vmas);
+	close(link[1]);
+	uffd = receive_fd(link[0]);
+	CHECK(uffd >= 0);
+	close(link[0]);
+
+	image = memfd_create("pages", MFD_CLOEXEC);
+	for (uint64_t page = 0; page < scene->pages - 8; page++) {
+		uint64_t words[PAGE / 8];
+
+		if (page == 3)
+			continue;
+		for (uint32_t i = 0; i < PAGE / 8; i++)
+			words[i] = word_at(BASE + page * PAGE + i * 8);
+		CHECK(pwrite(image, words, PAGE, (off_t)((page > 3 ? page - 1 : page) * PAGE)) == (ssize_t)PAGE);
+	}
+	engine = lz_engine_new(&config, &error);
+	CHECK(engine);
+	CHECK(lz_engine_add_source(engine, image) == 0);
+	if (scene->source_fd)
+		*scene->source_fd = image;
+	else
+		close(image);
+	number = lz_engine_prepare(engine, victim, extents, 3, vmas, scene->vmas);
+	CHECK(number == 0);
+	CHECK(!lz_engine_start(engine));
+	CHECK(!lz_engine_attach(engine, 0, uffd, victim));
+	while (!control->ready)
+		usleep(100);
+}
+
+static void tear_down(void)
+{
+	end_victim();
+	lz_engine_free(engine);
+	engine = NULL;
+	munmap(control, sizeof(*control));
+	control = NULL;
+}
+
+static void wait_served(uint32_t serving)
+{
+	for (int i = 0; i < 20000 && totals().serving != serving; i++)
+		usleep(1000);
+	CHECK(totals().serving == serving);
+}
+
+/* The first word of every page of [0, pages) at `at`, where the image has it at `image`; skip: dropped pages. */
+static void check_pages(uint64_t at, uint64_t image, uint32_t first, uint32_t pages, uint32_t total)
+{
+	for (uint32_t i = first; i < pages; i++) {
+		uint64_t want = i == 3 || i >= total - 8 ? 0 : word_at(image + i * PAGE);
+		uint64_t got = run(0, READ, at + i * PAGE, 0, 0);
+
+		if (got != want)
+			fprintf(stderr, "page %u: %#lx instead of %#lx\n", i, got, want);
+		CHECK(got == want);
+	}
+}
+
+#define PLAIN(fill_mode) (&(struct scene){ .pages = 64, .fill = fill_mode, .vmas = 1 })
+
+static void test_on_demand(void)
+{
+	set_up(PLAIN(LZ_FILL_OFF));
+	lz_engine_finish_restore(engine);
+	check_pages(BASE, BASE, 0, 64, 64);
+	CHECK(totals().fault_copied_pages == 55 && totals().fill_copied_pages == 0);
+	CHECK(run(1, CALL, BASE + 8, 0, 0) == word_at(BASE + 8));
+	wait_served(0); /* all of it is in: closed */
+	tear_down();
+}
+
+static void test_no_fill_before_finished(void)
+{
+	set_up(PLAIN(LZ_FILL_FULL));
+	CHECK(run(0, READ, BASE + 9 * PAGE, 0, 0) == word_at(BASE + 9 * PAGE));
+	usleep(100000);
+	CHECK(totals().fill_copied_pages == 0 && totals().left_pages == 54);
+	lz_engine_finish_restore(engine);
+	wait_served(0);
+	CHECK(totals().fill_copied_pages == 54 && totals().left_pages == 0);
+	check_pages(BASE, BASE, 0, 64, 64);
+	tear_down();
+}
+
+/* A page dropped while its copy is on the way: the copy must not land, and the page must read zeros. */
+static void race_copy_and_drop(enum op drop)
+{
+	struct slot *reader;
+
+	set_up(PLAIN(LZ_FILL_OFF));
+	reader = &control->slot[0];
+	arm("before-copy", BASE + 20 * PAGE);
+	begin(reader, READ, BASE + 20 * PAGE, 0, 0);
+	CHECK(reached());
+	begin(&control->slot[1], drop, BASE + 16 * PAGE, 0, 8 * PAGE);
+	CHECK(blocks(&control->slot[1]));
+	let_go();
+	CHECK(finish(&control->slot[1]) == 0);
+	CHECK(finish(reader) == 0);
+	CHECK(totals().again > 0 && totals().removes == 1);
+	for (uint32_t i = 16; i < 24; i++)
+		CHECK(run(0, READ, BASE + i * PAGE, 0, 0) == 0);
+	CHECK(run(0, READ, BASE + 15 * PAGE, 0, 0) == word_at(BASE + 15 * PAGE));
+	CHECK(run(0, READ, BASE + 24 * PAGE, 0, 0) == word_at(BASE + 24 * PAGE));
+	tear_down();
+}
+
+static void test_copy_and_drop(void)
+{
+	race_copy_and_drop(DROP);
+	race_copy_and_drop(FREE);
+}
+
+/* The range moves while a copy to its old place is on the way. */
+static void test_copy_and_move(void)
+{
+	set_up(PLAIN(LZ_FILL_OFF));
+	lz_engine_finish_restore(engine);
+	arm("before-copy", BASE + 20 * PAGE);
+	begin(&control->slot[0], CALL, BASE + 20 * PAGE, 0, 0); /* a system call: it may fail, not die */
+	CHECK(reached());
+	begin(&control->slot[1], MOVE, BASE + 16 * PAGE, AWAY, 8 * PAGE);
+	CHECK(blocks(&control->slot[1]));
+	let_go();
+	CHECK(finish(&control->slot[1]) == 0);
+	CHECK(finish(&control->slot[0]) == 0); /* EFAULT: its address is gone */
+	CHECK(totals().again > 0 && totals().remaps == 1);
+	for (uint32_t i = 0; i < 8; i++)
+		CHECK(run(0, READ, AWAY + i * PAGE, 0, 0) == word_at(BASE + (16 + i) * PAGE));
+	check_pages(BASE, BASE, 0, 16, 64);
+	check_pages(BASE, BASE, 24, 64, 64);
+	tear_down();
+}
+
+/* The range goes and another mapping comes while a copy is on the way: nothing of the image may land in it. */
+static void test_copy_and_unmap(void)
+{
+	set_up(PLAIN(LZ_FILL_OFF));
+	arm("before-copy", BASE + 20 * PAGE);
+	begin(&control->slot[0], CALL, BASE + 20 * PAGE, 0, 0);
+	CHECK(reached());
+	begin(&control->slot[1], UNMAP, BASE + 16 * PAGE, 0, 8 * PAGE);
+	CHECK(blocks(&control->slot[1]));
+	CHECK(run(2, MAP, BASE + 16 * PAGE, 0, 8 * PAGE) == 0);
+	CHECK(run(2, READ, BASE + 21 * PAGE, 0, 0) == 0);
+	let_go();
+	CHECK(finish(&control->slot[1]) == 0);
+	CHECK(finish(&control->slot[0]) == 0);
+	for (uint32_t i = 16; i < 24; i++)
+		CHECK(run(0, READ, BASE + i * PAGE, 0, 0) == 0);
+	check_pages(BASE, BASE, 0, 16, 64);
+	check_pages(BASE, BASE, 24, 64, 64);
+	tear_down();
+}
+
+/* A fork while a copy to the parent is on the way: both get the page. */
+static void test_copy_and_fork(void)
+{
+	set_up(PLAIN(LZ_FILL_OFF));
+	lz_engine_finish_restore(engine);
+	arm("before-copy", BASE + 20 * PAGE);
+	begin(&control->slot[0], READ, BASE + 20 * PAGE, 0, 0);
+	CHECK(reached());
+	begin(&control->slot[1], FORK, 0, 0, 0);
+	CHECK(blocks(&control->slot[1]));
+	let_go();
+	CHECK(finish(&control->slot[1]) == 0);
+	CHECK(finish(&control->slot[0]) == word_at(BASE + 20 * PAGE));
+	CHECK(totals().forks == 1 && totals().serving == 2);
+	for (uint32_t i = 0; i < 64; i++) {
+		uint64_t want = i == 3 || i >= 56 ? 0 : word_at(BASE + i * PAGE);
+
+		CHECK(run_child(READ, BASE + i * PAGE, 0, 0) == want);
+	}
+	/* What one writes the other does not see, and what one drops the other keeps. */
+	CHECK(run_child(WRITE, BASE + 30 * PAGE, 42, 0) == 0);
+	CHECK(run_child(DROP, BASE + 31 * PAGE, 0, PAGE) == 0);
+	CHECK(run_child(READ, BASE + 31 * PAGE, 0, 0) == 0);
+	check_pages(BASE, BASE, 0, 64, 64);
+	tear_down();
+}
+
+/* Dropped first, forked then: zeros in both; forked first, dropped then: the child has the bytes. */
+static void test_drop_and_fork(void)
+{
+	set_up(PLAIN(LZ_FILL_OFF));
+	CHECK(run(0, DROP, BASE + 8 * PAGE, 0, 4 * PAGE) == 0);
+	CHECK(run(0, FORK, 0, 0, 0) == 0);
+	CHECK(run(0, DROP, BASE + 12 * PAGE, 0, 4 * PAGE) == 0);
+	for (uint32_t i = 8; i < 16; i++) {
+		CHECK(run(0, READ, BASE + i * PAGE, 0, 0) == 0);
+		CHECK(run_child(READ, BASE + i * PAGE, 0, 0) == (i < 12 ? 0 : word_at(BASE + i * PAGE)));
+	}
+	tear_down();
+}
+
+/* A VMA without image bytes goes back to the kernel at once; the task's memory stays right. */
+static void test_hand_back(void)
+{
+	struct scene scene = { .pages = 64, .fill = LZ_FILL_OFF, .vmas = 2 };
+	const uint64_t empty = BASE + (1 << 30);
+
+	set_up(&scene);
+	CHECK(run(0, READ, empty + PAGE, 0, 0) == 0);
+	CHECK(totals().faults == 1);
+	lz_engine_finish_restore(engine);
+	for (int i = 0; i < 20000 && !totals().unregistered_pages; i++)
+		usleep(1000);
+	CHECK(totals().unregistered_pages == 64);
+	for (uint32_t i = 0; i < 64; i++)
+		CHECK(run(0, READ, empty + i * PAGE, 0, 0) == 0);
+	CHECK(totals().faults == 1);
+	check_pages(BASE, BASE, 0, 64, 64);
+	tear_down();
+}
+
+/* Memory with missing pages is moved into a range while that range is handed back: its bytes must still come. */
+static void race_hand_back_and_move(const char *where)
+{
+	struct scene scene = { .pages = 64, .fill = LZ_FILL_OFF, .vmas = 2 };
+	const uint64_t empty = BASE + (1 << 30);
+
+	set_up(&scene);
+	arm(where, empty);
+	lz_engine_finish_restore(engine);
+	CHECK(reached());
+	begin(&control->slot[1], MOVE, BASE + 16 * PAGE, empty, 8 * PAGE);
+	CHECK(blocks(&control->slot[1]) || !strcmp(where, "after-unregister"));
+	let_go();
+	CHECK(finish(&control->slot[1]) == 0);
+	for (uint32_t i = 0; i < 8; i++)
+		CHECK(run(0, READ, empty + i * PAGE, 0, 0) == word_at(BASE + (16 + i) * PAGE));
+	for (uint32_t i = 8; i < 64; i++)
+		CHECK(run(0, READ, empty + i * PAGE, 0, 0) == 0);
+	check_pages(BASE, BASE, 0, 16, 64);
+	check_pages(BASE, BASE, 24, 64, 64);
+	tear_down();
+}
+
+static void test_hand_back_and_move(void)
+{
+	race_hand_back_and_move("before-unregister");
+	race_hand_back_and_move("after-unregister");
+}
+
+/* The pages image is cut while it is served: the pages beyond raise SIGBUS, the others are right. */
+static void test_source_cut(void)
+{
+	int image, status;
+	struct scene scene = { .pages = 64, .fill = LZ_FILL_OFF, .vmas = 1, .source_fd = &image };
+
+	set_up(&scene);
+	lz_engine_finish_restore(engine);
+	/* inside page 39 of the image, which is page 40 of the memory */
+	CHECK(!ftruncate(image, 39 * (off_t)PAGE + 100));
+	check_pages(BASE, BASE, 0, 40, 64);
+	CHECK(run(0, READ, BASE + 60 * PAGE, 0, 0) == 0);
+	begin(&control->slot[0], READ, BASE + 40 * PAGE, 0, 0);
+	CHECK(waitpid(victim, &status, 0) == victim);
+	victim = 0;
+	CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGBUS);
+	CHECK(totals().poisoned_pages > 0);
+	close(image);
+	tear_down();
+}
+
+/* Given up: what is missing raises SIGBUS, what is there stays. */
+static void test_abandon(void)
+{
+	int status;
+
+	set_up(PLAIN(LZ_FILL_OFF));
+	lz_engine_finish_restore(engine);
+	CHECK(run(0, READ, BASE + 9 * PAGE, 0, 0) == word_at(BASE + 9 * PAGE));
+	lz_engine_abandon(engine);
+	CHECK(totals().poisoned_pages == 54 && totals().serving == 0);
+	CHECK(run(0, READ, BASE + 9 * PAGE, 0, 0) == word_at(BASE + 9 * PAGE));
+	CHECK(run(0, READ, BASE + 60 * PAGE, 0, 0) == 0);
+	begin(&control->slot[0], READ, BASE + 10 * PAGE, 0, 0);
+	CHECK(waitpid(victim, &status, 0) == victim);
+	victim = 0;
+	CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGBUS);
+	tear_down();
+}
+
+/* A task that dies is noticed without any event. */
+static void test_task_exits(void)
+{
+	struct lz_notice notice = { 0 };
+
+	set_up(PLAIN(LZ_FILL_OFF));
+	lz_engine_finish_restore(engine);
+	begin(&control->slot[0], EXIT, 0, 0, 0);
+	CHECK(waitpid(victim, NULL, 0) == victim);
+	victim = 0;
+	wait_served(0);
+	while (lz_engine_next_notice(engine, &notice) && notice.kind != LZ_NOTICE_TASK_GONE)
+		;
+	CHECK(notice.kind == LZ_NOTICE_TASK_GONE);
+	tear_down();
+}
+
+/* A descriptor limit that leaves no room: the fork is served from the reserve. */
+static void test_fork_without_descriptors(void)
+{
+	int last = -1, fd;
+
+	set_up(PLAIN(LZ_FILL_OFF));
+	lz_engine_finish_restore(engine);
+	while ((fd = dup(0)) >= 0)
+		last = fd;
+	CHECK(errno == EMFILE);
+	CHECK(run(0, FORK, 0, 0, 0) == 0);
+	CHECK(run_child(READ, BASE + 5 * PAGE, 0, 0) == word_at(BASE + 5 * PAGE));
+	for (fd = last; fd > last - 100000 && fd > 200; fd--)
+		close(fd);
+	tear_down();
+}
+
+int main(int argc, char **argv)
+{
+	static const struct {
+		const char *name;
+		void (*run)(void);
+	} tests[] = {
+#define TEST(name) { #name, name }
+		TEST(test_on_demand),
+		TEST(test_no_fill_before_finished),
+		TEST(test_copy_and_drop),
+		TEST(test_copy_and_move),
+		TEST(test_copy_and_unmap),
+		TEST(test_copy_and_fork),
+		TEST(test_drop_and_fork),
+		TEST(test_hand_back),
+		TEST(test_hand_back_and_move),
+		TEST(test_source_cut),
+		TEST(test_abandon),
+		TEST(test_task_exits),
+		TEST(test_fork_without_descriptors),
+	};
+	int rounds = argc > 1 ? atoi(argv[1]) : 1;
+	int through, uffd = lz_uffd_open(&through);
+
+	if (uffd < 0) {
+		fprintf(stderr, "skipped: no userfaultfd for this user: %s\n", strerror(-uffd));
+		return 77;
+	}
+	close(uffd);
+	for (int round = 0; round < rounds; round++) {
+		for (size_t i = 0; i < sizeof(tests) / sizeof(tests[0]); i++) {
+			if (argc > 2 && !strstr(tests[i].name, argv[2]))
+				continue;
+			if (rounds == 1)
+				printf("%s\n", tests[i].name);
+			fflush(stdout);
+			tests[i].run();
+		}
+	}
+	printf("engine: all well, %d round%s\n", rounds, rounds == 1 ? "" : "s");
+	return 0;
+}
