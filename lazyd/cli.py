@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Arguments and exit codes: one function a verb.
 
-The command line is the one of `criu lazy-pages`, so that changing the first word is enough: options before or after
-the verb, joined or not, as getopt_long takes them. What criu's own configuration files say is taken as criu takes it
-(criu(8), CONFIGURATION FILES), as far as it is about lazy pages; the rest of such a file is about other verbs.
+The command line is the one of `criu lazy-pages`, so that changing the first word is enough: options before or
+after the verb, joined or not, as getopt_long takes them. What criu's own configuration files say is taken as
+criu takes it (criu(8), CONFIGURATION FILES), as far as it is about lazy pages; the rest of such a file is
+about other verbs.
 
 Users feel the time until the socket listens: what a verb needs is imported by that verb.
 """
@@ -22,7 +23,7 @@ from typing import NoReturn
 from lazyd.errors import LazydError, UsageError
 
 _USAGE = """\
-lazyd [lazy-pages] -D DIR [options]   serve the memory of a restore: start it beside `criu restore --lazy-pages`
+lazyd [lazy-pages] -D DIR [options]   serve the memory of a restore; beside `criu restore --lazy-pages`
        lazyd show DIR [--json]               say what is in a directory of images
        lazyd verify DIR                      check a directory of images whole"""
 _REMOTE = (
@@ -185,7 +186,7 @@ def _default_configs() -> list[Path]:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line; UsageError if it makes no sense. The command line wins over configuration files."""
+    """Parse a command line, which wins over configuration files; UsageError if it makes no sense."""
     parser = _make_parser()
     spelled = _spell_out(arguments)
     given = parser.parse_intermixed_args(spelled)
@@ -322,7 +323,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        # Whoever read our output has seen enough; what is still buffered must not be flushed into nothing at exit.
+        # Whoever read our output has seen enough; what is still buffered must not be flushed into nothing at
+        # exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:

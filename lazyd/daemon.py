@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Wires one restore together: log, images, socket, and, if asked for, the step into the background.
 
-Everything that can fail for a reason the user can mend fails before the socket listens, and in the foreground: the
-parent of a --daemon leaves with 0 only when its child listens.
+Everything that can fail for a reason the user can mend fails before the socket listens, and in the
+foreground: the parent of a --daemon leaves with 0 only when its child listens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from lazyd.uffd import check_permission
 
 
 class Options(NamedTuple):
-    """What the command line says of one restore. Relative paths: log_file and pidfile are in the work directory."""
+    """What the command line says of one restore.
+
+    `log_file` and `pidfile` are relative to the work directory, as in criu, `statistics` to the current one.
+    """
 
     settings: Settings
     work: Path
@@ -33,7 +36,7 @@ class Options(NamedTuple):
 
 
 class Announcement:
-    """Where others learn that the socket listens. Files are opened before, so that none fails when it is too late."""
+    """Where others learn that the socket listens; files are opened early, so that none fails too late."""
 
     def __init__(self, options: Options) -> None:
         """Open what is to be written."""
@@ -42,7 +45,7 @@ class Announcement:
         self._pidfile: int | None = None
         if options.status_fd is not None:
             try:
-                os.set_inheritable(options.status_fd, False)
+                os.set_inheritable(options.status_fd, False)  # noqa: FBT003  its only way
             except OSError as error:
                 raise SystemCallError(f"--status-fd {options.status_fd}", error.errno or 0) from error
         if self._path is not None:
@@ -122,7 +125,7 @@ def _serve(options: Options, log: Log) -> Outcome | None:
 
 
 def _into_background(listener: Listener) -> int | None:
-    """Fork. In the child: return where to write one byte once it listens. In the parent: wait for it, return None."""
+    """Fork. The child gets where to write one byte once it listens; the parent waits for it and gets None."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:

@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: MIT
 """What people and programs are told: log lines, progress, the closing summary, and the same as JSON.
 
-Levels are criu's -v: 0 messages that scripts wait for, 1 errors, 2 warnings, 3 information, 4 debugging. A line has
-a stamp of seconds since the start. Nothing here may stop a restore: a terminal or a pipe that has gone away is
-ignored, and rich, which takes longer to import than all else together, is imported only when a bar is to be drawn.
+Levels are criu's -v: 0 messages that scripts wait for, 1 errors, 2 warnings, 3 information, 4 debugging. A
+line has a stamp of seconds since the start. Nothing here may stop a restore: a terminal or a pipe that has
+gone away is ignored, and rich, which takes longer to import than all else together, is imported only when a
+bar is to be drawn.
 
 The statistics are one JSON object. Times are seconds since the start of lazyd, null for what did not happen:
 
     version, exit_code, images, dialect, chain_depth
     reason            why exit_code is not 0: one line; null
-    seconds           loaded, listening, first_task, restored (the restorer said that all is finished), full (the last
-                      task was filled or gone), end
-    faults            count, and latency: p50_ns, p99_ns, max_ns, mean_ns (from the last moment the queue was seen
-                      empty until the page was in: an upper bound)
+    seconds           loaded, listening, first_task, restored (the restorer said that all is finished), full
+                      (the last task was filled or gone), end
+    faults            count, and latency: p50_ns, p99_ns, max_ns, mean_ns (from the last moment the queue was
+                      seen empty until the page was in: an upper bound)
     pages, bytes      image (all there is to install, forks included), by_fault, by_fill, zero, already_there,
-                      poisoned, dropped (the task unmapped or dropped them unread), left, handed_back (to the kernel)
+                      poisoned, dropped (the task unmapped or dropped them unread), left, handed_back (to the
+                      kernel)
     fill_bytes_per_second   background fill over the time from restored to full; null without
     events            fork, remap, remove, unmap, again (answers that had to wait for a changing layout)
-    tasks             a list: number, image_pid, pid (0: not known), parent (number or null), status, image_pages,
-                      left_pages
+    tasks             a list: number, image_pid, pid (0: not known), parent (number or null), status,
+                      image_pages, left_pages
     problems          a list of lines, as they were logged
 """
 
@@ -50,7 +52,7 @@ DRAW_AFTER_S = 0.3
 
 def version() -> str:
     """Return lazyd's version."""
-    from importlib.metadata import version as read  # noqa: PLC0415  slow to import, and needed at the end only
+    from importlib.metadata import version as read  # noqa: PLC0415  slow, and needed at the end only
 
     return read("lazyd")
 
@@ -85,11 +87,6 @@ class Log:
             self._file = path.open("w", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise SystemCallError("opening the log file", error.errno or 0, path=path) from error
-
-    @property
-    def uses_stderr(self) -> bool:
-        """Ask whether ordinary lines go to stderr."""
-        return self._file is None and self._stderr is not None
 
     def elapsed(self) -> float:
         """Return the seconds since the start."""
@@ -150,7 +147,7 @@ class Show(IntEnum):
 
 
 class Progress:
-    """Progress of a fill: a bar on a terminal, else a line a second at most and only when something changed."""
+    """Progress of a fill: a bar on a terminal, else a line a second at most, if something changed."""
 
     def __init__(self, log: Log, show: Show) -> None:
         self._log = log

@@ -3,14 +3,15 @@
 
 What is said (CRIU criu/uffd.c, send_uffd and lazy_pages_finish_restore), native byte order, one connection:
 
-- a task: `int32 pid`, then in a message of its own one byte that means nothing with the userfaultfd in SCM_RIGHTS;
+- a task: `int32 pid`, then in a message of its own one byte that means nothing with the userfaultfd in
+  SCM_RIGHTS;
 - a zombie: `int32 -pid`, no descriptor;
 - after all tasks `uint32 0x52535446`, then the end of the stream. An end before that is a failed restore.
 
-A stream keeps no message boundaries, but the kernel ends a recvmsg() behind the message whose descriptors it hands
-out, and never gives bytes of two senders at once when credentials are asked for (unix(7); net/unix/af_unix.c,
-unix_stream_read_generic). So descriptors belong to the last byte that came with them, whatever came before it, and
-a byte that stands where a descriptor is due and is not the last has none.
+A stream keeps no message boundaries, but the kernel ends a recvmsg() behind the message whose descriptors it
+hands out, and never gives bytes of two senders at once when credentials are asked for (unix(7);
+net/unix/af_unix.c, unix_stream_read_generic). So descriptors belong to the last byte that came with them,
+whatever came before it, and a byte that stands where a descriptor is due and is not the last has none.
 
 Under CRIU every task speaks for itself, so the sender's credentials tell its pid as seen from here.
 """
@@ -21,7 +22,6 @@ import array
 import contextlib
 import os
 import socket
-import stat
 import struct
 from collections.abc import Sequence
 from enum import Enum
@@ -84,10 +84,10 @@ class Handshake:
         self._pid = 0
 
     def feed(self, data: bytes, descriptors: Sequence[int] = (), *, sender: int = 0) -> list[Event]:
-        """Take the bytes of one recvmsg() with the descriptors that came with the last of them; b"" is the end.
+        """Take the bytes of one recvmsg() and the descriptors that came with the last of them; b"": the end.
 
-        Returns the events that are complete now. Every descriptor that is not in one of them is closed, also when
-        ProtocolError is raised. What comes after Finished does not matter any more and is dropped.
+        Returns the events that are complete now. Every descriptor that is not in one of them is closed, also
+        when ProtocolError is raised. What comes after Finished does not matter any more and is dropped.
         """
         unclaimed = list(descriptors)
         events: list[Event] = []
@@ -113,7 +113,7 @@ class Handshake:
             raise self._error(f"task {self._pid} came without a userfaultfd")
         if len(unclaimed) > 1:
             raise self._error(f"task {self._pid} came with {len(unclaimed)} descriptors instead of one")
-        target = os.readlink(f"/proc/self/fd/{unclaimed[0]}")
+        target = str(Path(f"/proc/self/fd/{unclaimed[0]}").readlink())
         if target != "anon_inode:[userfaultfd]":
             raise self._error(f"task {self._pid} came with {target} instead of a userfaultfd")
         self._due = _Due.PID
@@ -152,7 +152,7 @@ class Connection:
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
-        self._socket.setblocking(False)
+        self._socket.setblocking(False)  # noqa: FBT003  its only way
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._handshake = Handshake()
 
@@ -196,33 +196,33 @@ class Listener:
     def __init__(self, work: Path) -> None:
         """Change to the work directory and listen there.
 
-        The name is bound relative, so that no directory is too deep for the 108 bytes of sun_path.
+        The name is bound relative, so that no directory is too deep for the 108 bytes of sun_path. It appears
+        when the socket listens already: who waits for it may connect at once.
         """
-        try:
-            os.chdir(work)
-        except OSError as error:
-            raise SystemCallError("chdir to the work directory", error.errno or 0, path=work) from error
-        name = Path(SOCKET_NAME)
-        try:
-            if stat.S_ISSOCK(name.lstat().st_mode):
-                name.unlink()
-            else:
-                raise LazydError(f"{work / name}: it is there already and is not a socket")
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise SystemCallError("removing the stale socket", error.errno or 0, path=work / name) from error
+        path = work / SOCKET_NAME
+        hidden = Path(f".{SOCKET_NAME}.{os.getpid()}")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._socket.setblocking(False)
+            os.chdir(work)
+            if Path(SOCKET_NAME).exists() and not Path(SOCKET_NAME).is_socket():
+                raise LazydError(f"{path}: it is there already and is not a socket")
+            self._socket.setblocking(False)  # noqa: FBT003  its only way
             # Before anyone connects: then credentials are attached from the first byte on.
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-            self._socket.bind(SOCKET_NAME)
-            self._identity = _identity(name)
+            hidden.unlink(missing_ok=True)
+            self._socket.bind(str(hidden))
+            self._identity = _identity(hidden)
             self._socket.listen(1)
+            hidden.rename(SOCKET_NAME)
         except OSError as error:
             self._socket.close()
-            raise SystemCallError("bind", error.errno or 0, path=work / name) from error
+            with contextlib.suppress(OSError):
+                hidden.unlink()
+            call = "chdir to the work directory" if error.filename == str(work) else "listening"
+            raise SystemCallError(call, error.errno or 0, path=path) from error
+        except LazydError:
+            self._socket.close()
+            raise
 
     def fileno(self) -> int:
         """Readable when a restorer connects."""

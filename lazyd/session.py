@@ -6,13 +6,14 @@ progress. Pages do not pass through here; a slow loop delays a report, never a f
 
 How it ends, in the order of what is asked first:
 
-- finished, and every task filled or gone: 0; or 1 if any page could not be had, a task failed, or the restorer never
-  handed a task over. What can be served is served to the end all the same.
+- finished, and every task filled or gone: 0; or 1 if any page could not be had, a task failed, or the
+  restorer never handed a task over. What can be served is served to the end all the same.
 - the restorer hung up before "finished", or broke the protocol: all that is missing is poisoned, 1.
-- a signal before the first task: nothing depends on us, 1 at once (stock dies of the signal, which is not 0 either).
-- a signal later: the fill is finished first, without a limit, and the end is as above. A second one within five
-  seconds: the tasks that still depend on us are stopped with SIGSTOP and what is missing is poisoned, so that one
-  that is continued gets SIGBUS where a byte is missing, and never zeros; 1.
+- a signal before the first task: nothing depends on us, 1 at once (stock dies of the signal, which is not 0
+  either).
+- a signal later: the fill is finished first, without a limit, and the end is as above. A second one within
+  five seconds: the tasks that still depend on us are stopped with SIGSTOP and what is missing is poisoned, so
+  that one that is continued gets SIGBUS where a byte is missing, and never zeros; 1.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
 
 class Settings(NamedTuple):
-    """What one restore is to be like. `fill_rate` is bytes a second, 0 without limit; 0 workers: as many as fit."""
+    """What one restore is to be like. `fill_rate` is bytes a second, 0: no limit; `workers` 0: by the cores."""
 
     images: Path
     dialect: str
@@ -135,8 +136,8 @@ class Session:
         self._moments = self._moments._replace(loaded=self._log.elapsed())
         self._loaded = (
             f"{checkpoint.path}: {len(self._tasks)} tasks and {len(self._zombies)} zombies,"
-            f" {human_bytes(pages * PAGE_SIZE)} to serve lazily, from {len(self._source_paths)} pages images in a"
-            f" chain of {checkpoint.depth}; {checkpoint.dialect.value} ({checkpoint.dialect_reason})"
+            f" {human_bytes(pages * PAGE_SIZE)} to serve lazily, from {len(self._source_paths)} pages images"
+            f" in a chain of {checkpoint.depth}; {checkpoint.dialect.value} ({checkpoint.dialect_reason})"
         )
 
     def start(self) -> None:
@@ -271,7 +272,8 @@ class Session:
         if self._moments.first_task is None:
             self._moments = self._moments._replace(first_task=self._log.elapsed())
         if run_pid:
-            # Gone already, or no descriptor left: then it cannot be stopped in an emergency, and no more than that.
+            # Gone already, or no descriptor left: then it cannot be stopped in an emergency, and no more than
+            # that.
             with contextlib.suppress(OSError):
                 self._targets[number] = Target(run_pid)
         self._log.debug(f"task {pid} (pid {run_pid or 'unknown'} here) is served")
@@ -394,8 +396,8 @@ class Session:
         self._end = _End.ABANDONED
         if stopped:
             self._log.warning(
-                f"stopped: {', '.join(map(str, stopped))}; SIGCONT lets one go on until it touches a page it misses,"
-                " which is SIGBUS"
+                f"stopped: {', '.join(map(str, stopped))}; SIGCONT lets one go on until it touches a page it"
+                " misses, which is SIGBUS"
             )
         if unknown:
             self._log.warning(
@@ -439,13 +441,13 @@ def _describe(error: BaseException) -> str:
     return "".join(traceback.format_exception(error)).rstrip()
 
 
-class _signals_as_bytes:  # noqa: N801  reads as the verb it is
+class _signals_as_bytes:
     """A socket that gets one byte for each signal that would end the daemon, in place of the ending."""
 
     def __enter__(self) -> socket.socket:
         self._reading, self._writing = socket.socketpair()
-        self._reading.setblocking(False)
-        self._writing.setblocking(False)
+        self._reading.setblocking(False)  # noqa: FBT003  its only way
+        self._writing.setblocking(False)  # noqa: FBT003  its only way
         self._previous_fd = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
         self._previous = {number: signal.signal(number, _ignore) for number in _SIGNALS}
         return self._reading

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Live tasks from outside: which pid is meant, who was forked by whom, and how to stop one without mistaking it.
+"""Live tasks from outside: which pid is meant, who forked whom, and how to stop one without mistaking it.
 
-A pid can be dealt out anew once its task is reaped, so a task that may have to be stopped later is held by a pidfd
-from the handshake on: then, the task is in the middle of its own restore and cannot be another one.
+A pid can be dealt out anew once its task is reaped, so a task that may have to be stopped later is held by a
+pidfd from the handshake on: then, the task is in the middle of its own restore and cannot be another one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _PROC = Path("/proc")
 
 
 def namespace_pids(pid: int) -> list[int]:
-    """Return a task's pids, from this pid namespace inwards; empty if there is no such task (proc(5), NSpid)."""
+    """Return a task's pids, this pid namespace first; empty if there is no such task (proc(5), NSpid)."""
     with contextlib.suppress(OSError):
         for line in (_PROC / str(pid) / "status").read_text().splitlines():
             if line.startswith("NSpid:"):
@@ -33,10 +33,11 @@ def _same_pid_namespace(one: int, other: int) -> bool:
 
 
 def find_run_pid(image_pid: int, sender: int) -> int:
-    """Return the pid, as seen from here, of the task that its restorer calls image_pid; 0 if that is not sure.
+    """Return the pid, as seen from here, of the task that its restorer calls image_pid; 0: not sure.
 
-    `sender` is who announced it: under CRIU the task itself, in its own pid namespace. Else the announced pid is
-    believed only in the sender's namespace, and only if that is ours: elsewhere the number is someone else's.
+    `sender` is who announced it: under CRIU the task itself, in its own pid namespace. Else the announced pid
+    is believed only in the sender's namespace, and only if that is ours: elsewhere the number is someone
+    else's.
     """
     pids = namespace_pids(sender) if sender else []
     if not pids:
@@ -106,7 +107,8 @@ def descendants(pid: int) -> Iterator[int]:
 def waits_for_userfaults(pid: int) -> bool:
     """Ask whether any mapping of a task is registered with a userfaultfd for missing pages.
 
-    proc(5), smaps: VmFlags has `um`. A child that has none of it does not depend on us, whoever its parent is.
+    proc(5), smaps: VmFlags has `um`. A child that has none of it does not depend on us, whoever its parent
+    is.
     """
     with contextlib.suppress(OSError), (_PROC / str(pid) / "smaps").open("rb") as smaps:
         return any(line.startswith(b"VmFlags:") and b" um" in line for line in smaps)
