@@ -98,7 +98,8 @@ def unframe(content: bytes, kind: str) -> list[bytes]:
 
 def pagemap_entry(entry: Entry, dialect: str) -> pagemap_pb2.PagemapEntry:
     """The message for an entry in a dialect."""
-    message = pagemap_pb2.PagemapEntry(vaddr=entry.start, nr_pages=entry.pages)
+    wide = dialect == "flags64"
+    message = pagemap_pb2.PagemapEntry(vaddr=entry.start, nr_pages=0 if wide else entry.pages)
     if dialect == "booleans":
         if entry.kind == "parent":
             message.in_parent = True
@@ -109,8 +110,7 @@ def pagemap_entry(entry: Entry, dialect: str) -> pagemap_pb2.PagemapEntry:
         return message
     flags = {"dumped": PE_PRESENT, "parent": PE_PARENT, "zero": 0, "remote": PE_LAZY}[entry.kind]
     message.zero_or_flags = flags | (PE_LAZY if entry.lazy and entry.kind in ("dumped", "parent") else 0)
-    if dialect == "flags64":
-        message.nr_pages = 0
+    if wide:
         message.lazy_or_nr_pages = entry.pages
     return message
 

@@ -172,6 +172,34 @@ def locate(path: Path, address: int) -> int | None:
         os.close(fd)
 
 
+def find_evidence(pagemaps: list[Pagemap]) -> tuple[Dialect, str] | None:
+    """Return the dialect that the entries of these images prove, and by what; ImageError if they prove both."""
+    seen = 0
+    for pagemap in pagemaps:
+        seen |= pagemap.seen
+    flags = next((p for p in pagemaps if p.seen & lib.LZ_SEEN_FLAGS), None)
+    bare = None
+    if seen & lib.LZ_SEEN_FIELD_4:
+        bare = next((p for p in pagemaps if p.seen & lib.LZ_SEEN_BARE), None)
+    if flags is not None:
+        flags_where = f"at address {int(flags._raw.flags_address):#x} in {flags.path}"
+        flags_where += f" (offset {int(flags._raw.flags_offset)})"
+        if bare is None:
+            return Dialect.FLAGS, f"flags {flags_where}"
+        # The odd one out is the bare entry: every writer of flags gives each entry a field 4.
+        reason = (
+            f"corrupt: the images mix two dialects: a dumped entry without field 4 here, flags {flags_where}"
+        )
+        offset, address = int(bare._raw.bare_offset), int(bare._raw.bare_address)
+        raise ImageError(bare.path, reason, offset=offset, address=address)
+    if bare is not None:
+        where = f"at address {int(bare._raw.bare_address):#x} in {bare.path}"
+        return Dialect.BOOLEANS, f"a dumped entry without field 4 {where}, though others have it"
+    if seen & lib.LZ_SEEN_LAZY_BOOL:
+        return Dialect.BOOLEANS, "no proof, but field 5 stands beside page counts in field 2"
+    return None
+
+
 def decide_dialect(pagemaps: list[Pagemap], asked: str, *, has_parent: bool) -> tuple[Dialect, str]:
     """Decide how all the images of a chain are to be read, and say why.
 
@@ -180,31 +208,9 @@ def decide_dialect(pagemaps: list[Pagemap], asked: str, *, has_parent: bool) -> 
     """
     if asked != "auto":
         return Dialect(asked), "as told"
-    seen = 0
-    for pagemap in pagemaps:
-        seen |= pagemap.seen
-    flags = bool(seen & lib.LZ_SEEN_FLAGS)
-    booleans = bool(seen & lib.LZ_SEEN_FIELD_4 and seen & lib.LZ_SEEN_BARE)
-    if flags and booleans:
-        one = next(p for p in pagemaps if p.seen & lib.LZ_SEEN_FLAGS)
-        other = next(p for p in pagemaps if p.seen & lib.LZ_SEEN_BARE)
-        # The odd one out is the bare entry: every writer of flags gives each entry a field 4.
-        raw = other._raw
-        reason = (
-            "corrupt: the images mix two dialects: a dumped entry without field 4 here, but flags "
-            f"at address {int(one._raw.flags_address):#x} in {one.path} (offset {int(one._raw.flags_offset)})"
-        )
-        raise ImageError(other.path, reason, offset=int(raw.bare_offset), address=int(raw.bare_address))
-    if flags:
-        one = next(p for p in pagemaps if p.seen & lib.LZ_SEEN_FLAGS)
-        where = f"{one.path} says at address {int(one._raw.flags_address):#x}"
-        return Dialect.FLAGS, f"only the flags dialect can say what {where}"
-    if booleans:
-        one = next(p for p in pagemaps if p.seen & lib.LZ_SEEN_BARE)
-        where = f"{one.path} at address {int(one._raw.bare_address):#x}"
-        return Dialect.BOOLEANS, f"only some entries have field 4, and not the dumped one in {where}"
-    if seen & lib.LZ_SEEN_LAZY_BOOL:
-        return Dialect.BOOLEANS, "no proof, but field 5 stands beside page counts in field 2"
+    evidence = find_evidence(pagemaps)
+    if evidence is not None:
+        return evidence
     if has_parent:
         return Dialect.FLAGS, "no evidence in any entry; the directory has a parent"
     return Dialect.BOOLEANS, "no evidence in any entry; the directory has no parent"

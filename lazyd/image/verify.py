@@ -26,7 +26,7 @@ from lazyd.image.checkpoint import (
     report_broken_holes,
 )
 from lazyd.image.directory import ImagesDirectory, Vma
-from lazyd.image.pagemap import Dialect, ExtentTable, decide_dialect
+from lazyd.image.pagemap import Dialect, ExtentTable, Pagemap, decide_dialect, find_evidence
 from lazyd.units import PAGE_SIZE
 
 
@@ -99,17 +99,40 @@ def _check_pagemaps(
     for name in vmas_of:
         if name not in levels[0].maps:
             report(ImageError(levels[0].path / name, "missing, though the task has memory"))
-    pagemaps = [found.pagemap for level in levels for found in level.maps.values() if found is not None]
-    try:
-        dialect, _ = decide_dialect(pagemaps, asked, has_parent=len(levels) > 1 or not whole_chain)
-    except ImageError as error:
-        report(error)
-        return
-    del pagemaps
+    dialects = _decide_dialects(
+        levels, set(vmas_of), asked, report, has_parent=len(levels) > 1 or not whole_chain
+    )
     for name in sorted({name for level in levels for name in level.maps}):
+        dialect = dialects[name in vmas_of]
+        if dialect is None:
+            continue
         extents = _check_chain_of(levels, name, dialect, report, whole_chain=whole_chain)
         if extents is not None and name in vmas_of:
             _check_inside(extents, vmas_of[name], levels[0].path / name, report)
+
+
+def _decide_dialects(
+    levels: list[Level], of_tasks: set[str], asked: str, report: Report, *, has_parent: bool
+) -> dict[bool, Dialect | None]:
+    """Decide the dialect of the tasks' images (True), as load() does, and that of all others (False).
+
+    None where they are corrupt. Without evidence of their own the others are read as the tasks' are.
+    """
+    groups: dict[bool, list[Pagemap]] = {True: [], False: []}
+    for level in levels:
+        for name, found in level.maps.items():
+            if found is not None:
+                groups[name in of_tasks].append(found.pagemap)
+    dialects: dict[bool, Dialect | None] = {True: None, False: None}
+    try:
+        dialects[True] = decide_dialect(groups[True], asked, has_parent=has_parent)[0]
+        dialects[False] = dialects[True]
+        evidence = find_evidence(groups[False]) if asked == "auto" else None
+        if evidence is not None:
+            dialects[False] = evidence[0]
+    except ImageError as error:
+        report(error)
+    return dialects
 
 
 def _check_chain_of(
