@@ -173,7 +173,7 @@ def locate(path: Path, address: int) -> int | None:
 
 
 def find_evidence(pagemaps: list[Pagemap]) -> tuple[Dialect, str] | None:
-    """Return the dialect that the entries of these images prove, and by what; ImageError if they prove both."""
+    """Return the dialect that these images prove, and by what; ImageError if they prove both."""
     seen = 0
     for pagemap in pagemaps:
         seen |= pagemap.seen

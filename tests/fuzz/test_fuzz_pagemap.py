@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Whatever the bytes, only ImageError comes out of the images room, in one line; and verify agrees with load."""
+"""Whatever the bytes, only ImageError comes out of the images room; and verify agrees with load."""
 
 from __future__ import annotations
 

@@ -45,6 +45,10 @@ def real(request, tmp_path):
     return directory, crit
 
 
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def page_bytes(checkpoint) -> dict[tuple[int, int], tuple[bytes, bool]]:
     """What every page of every task is: (pid, address) to bytes and lazy."""
     pages = {}
@@ -167,22 +171,22 @@ def test_a_chain_of_twelve_hundred_opens_only_what_it_needs(tmp_path):
     levels = [[Task(10, [Entry(BASE, 2, "parent")])] for _ in range(depth - 1)]
     levels.append([Task(10, [Entry(BASE, 2)])])
     youngest = build_chain(tmp_path, levels)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with load(youngest) as checkpoint:
         assert checkpoint.depth == depth
         assert [s.path for s in checkpoint.sources] == [(tmp_path / str(depth - 1) / "pages-1.img").resolve()]
-        assert len(os.listdir("/proc/self/fd")) == before + 1
+        assert open_descriptors() == before + 1
         assert [tuple(e) for e in checkpoint.tasks[0].extents] == [(BASE, 2, Kind.DUMPED, True, 0, 0)]
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_descriptors_are_closed_after_a_failure(tmp_path):
     tasks = [Task(10, [Entry(BASE, 2)]), Task(11, [Entry(BASE, 2, "parent")], ppid=10)]
     directory = build_checkpoint(tmp_path / "i", tasks)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with pytest.raises(ImageError):
         load(directory)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_the_pages_images_are_open_for_reading_and_not_inherited(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -161,20 +162,20 @@ def test_a_flat_table_says_of_every_page_what_the_chain_says(chain, dialect):
     assert by_kind == {kind: sum(what[0] is kind for what in expected.values()) for kind in Kind}
     rows = list(extents)
     assert rows == sorted(rows)
-    for one, two in zip(rows, rows[1:], strict=False):
+    for one, two in pairwise(rows):
         same = (one.kind, one.lazy, one.source) == (two.kind, two.lazy, two.source)
         step = one.pages * PAGE if one.kind is Kind.DUMPED else 0
         assert not (one.end == two.start and same and one.offset + step == two.offset), "not merged"
 
 
 def test_the_buffer_holds_rows_of_24_bytes_and_outlives_the_table():
-    _, extents = flatten([[Entry(BASE, 3, "dumped", True), Entry(BASE + 4 * PAGE, 1, "zero")]], "flags")
+    _, extents = flatten([[Entry(BASE, 3), Entry(BASE + 4 * PAGE, 1, "zero")]], "flags")
     buffer = extents.buffer
     rows = list(extents)
     del extents
     unpacked = [struct.unpack_from("<QQIHBB", buffer, at) for at in range(0, len(buffer), 24)]
     assert unpacked == [(r.start, r.offset, r.pages, r.source, r.kind.value, r.lazy) for r in rows]
-    assert rows[0] == Extent(BASE, 3, Kind.DUMPED, True, 0, 0)
+    assert rows[0] == Extent(BASE, 3, Kind.DUMPED, source=0, offset=0, lazy=True)
 
 
 @pytest.mark.parametrize("pages", [(1 << 32) - 1, 1 << 32, (1 << 33) + 1, (USER_END >> 12) - 16])
@@ -197,7 +198,7 @@ def test_a_million_one_page_entries():
     content = frame("pagemap", [b"\x08\x01"]) + b"".join(bodies)
     assert entry.size == 13
     fd = os.memfd_create("pagemap")
-    with open(fd, "wb") as image:
+    with os.fdopen(fd, "wb") as image:
         image.write(content)
         image.flush()
         pagemap = read_pagemap(NAME, fd)
@@ -207,7 +208,7 @@ def test_a_million_one_page_entries():
     extents = table.finish({0: 0}, 1)
     assert len(extents) == count
     assert extents[count - 1] == Extent(
-        BASE + (count - 1) * 2 * PAGE, 1, Kind.DUMPED, True, 0, (count - 1) * PAGE
+        BASE + (count - 1) * 2 * PAGE, 1, Kind.DUMPED, lazy=True, source=0, offset=(count - 1) * PAGE
     )
 
 
@@ -262,7 +263,7 @@ def test_an_option_overrides_what_would_be_decided():
 def test_evidence_is_gathered_over_all_images():
     flags = decode(frame("pagemap", [b"\x08\x01", message(vaddr=A, nr_pages=1, zero_or_flags=4)]), Path("x"))
     bare = decode(frame("pagemap", [b"\x08\x01", PLAIN]), Path("y"))
-    with pytest.raises(ImageError, match="mix two dialects.*x .offset 14") as caught:
+    with pytest.raises(ImageError, match=r"mix two dialects.*x .offset 14") as caught:
         decide_dialect([flags, bare], "auto", has_parent=False)
     assert (caught.value.path, caught.value.offset, caught.value.address) == (Path("y"), 14, A)
 
@@ -291,7 +292,7 @@ def test_locate_finds_the_record_of_an_address(tmp_path):
 
 
 def test_the_builder_and_the_model_agree_on_a_round_trip(tmp_path):
-    entries = [Entry(BASE, 2, "dumped", True), Entry(BASE + 8 * PAGE, 1, "parent", False)]
+    entries = [Entry(BASE, 2), Entry(BASE + 8 * PAGE, 1, "parent", lazy=False)]
     for dialect in ("flags", "flags64"):
         path = tmp_path / f"{dialect}.img"
         path.write_bytes(pagemap_image(entries, dialect, 7))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Every bad image gets one line that names file, offset, address and reason; so says load, and so says verify."""
+"""Every bad image gets one line that names file, offset, address and reason, from load and from verify."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lazyd.image import load
 from lazyd.image.verify import verify
 
 BASE = 0x7F0000000000
+LATER = BASE + 9 * PAGE
 USER_END = (1 << 47) - PAGE
 HEAD = b"\x08\x01"
 FIRST = 8 + 4 + len(HEAD)  # offset of the first entry's record
@@ -63,7 +64,12 @@ BAD_PAGEMAPS = {
     "half a magic": (b"\x19\x43", 0, None, "truncated"),
     "one magic": (b"\x19\x43\x56\x54", 4, None, "truncated"),
     "a wrong first magic": (b"\x00" * 64, 0, None, "not a pagemap image"),
-    "a wrong second magic": (struct.pack("<II", 0x54564319, 0x57492820) + b"\0" * 9, 4, None, "magic 0x57492820"),
+    "a wrong second magic": (
+        struct.pack("<II", 0x54564319, 0x57492820) + b"\0" * 9,
+        4,
+        None,
+        "magic 0x57492820",
+    ),
     "no head": (frame("pagemap", []), 8, None, "no head"),
     "a head of nothing": (frame("pagemap", [b""]), 8, None, "lacks field 1"),
     "a head with an unknown field": (frame("pagemap", [HEAD + b"\x18\x01"]), 14, None, "unknown field 3"),
@@ -71,45 +77,94 @@ BAD_PAGEMAPS = {
     "half a record length": (records(GOOD) + b"\x01\x00", SECOND, None, "truncated: 4 bytes wanted here, 2"),
     "half a record": (records(GOOD)[:-1], FIRST, None, "truncated"),
     "a record of 4 GiB": (records(GOOD) + b"\xff" * 8, SECOND, None, "a record of 4294967295 bytes"),
-    "a record of 4 KiB and 1": (records(GOOD) + b"\x01\x10\0\0" + b"\0" * 4097, SECOND, None, "of 4097 bytes"),
+    "a record of 4 KiB and 1": (
+        records(GOOD) + b"\x01\x10\0\0" + b"\0" * 4097,
+        SECOND,
+        None,
+        "of 4097 bytes",
+    ),
     "an empty record": (records(GOOD, b""), SECOND, None, "lacks field 1"),
-    "no count": (records(GOOD, b"\x08" + varint(BASE + 9 * PAGE)), SECOND, None, "lacks field 2"),
+    "no count": (records(GOOD, b"\x08" + varint(LATER)), SECOND, None, "lacks field 2"),
     "a varint without an end": (records(GOOD, b"\x08" + b"\xff" * 11), SECOND + 4, None, "protobuf"),
-    "a varint of 70 bits": (records(GOOD, b"\x08" + b"\xff" * 9 + b"\x02\x10\x01"), SECOND + 4, None, "protobuf"),
-    "a tag without a value": (records(GOOD, entry(BASE + 9 * PAGE, 1) + b"\x20"), SECOND + 4 + len(BARE), None, "protobuf"),
+    "a varint of 70 bits": (
+        records(GOOD, b"\x08" + b"\xff" * 9 + b"\x02\x10\x01"),
+        SECOND + 4,
+        None,
+        "protobuf",
+    ),
+    "a tag without a value": (
+        records(GOOD, entry(LATER, 1) + b"\x20"),
+        SECOND + 4 + len(BARE),
+        None,
+        "protobuf",
+    ),
     "field number 0": (records(GOOD, b"\x00\x00"), SECOND + 4, None, "protobuf"),
-    "an unknown field": (records(GOOD, entry(BASE + 9 * PAGE, 1, 4) + b"\x30\x01"), SECOND + 4 + len(GOOD), None, "unknown field 6: "),
+    "an unknown field": (
+        records(GOOD, entry(LATER, 1, 4) + b"\x30\x01"),
+        SECOND + 4 + len(GOOD),
+        None,
+        "unknown field 6: ",
+    ),
     "a field of another type": (records(GOOD, b"\x0d\0\0\0\0"), SECOND + 4, None, "field 1 has wire type 5"),
-    "a count above 32 bits": (records(GOOD, entry(BASE + 9 * PAGE, 1 << 32, 4)), SECOND, BASE + 9 * PAGE, "field 2"),
-    "unknown flags": (records(GOOD, entry(BASE + 9 * PAGE, 1, 12)), SECOND, BASE + 9 * PAGE, "field 4 is 0xc"),
-    "two counts": (records(GOOD, entry(BASE + 9 * PAGE, 3, 4, five=2)), SECOND, BASE + 9 * PAGE, "3 pages in field 2, 2"),
-    "no pages": (records(GOOD, entry(BASE + 9 * PAGE, 0, 4)), SECOND, BASE + 9 * PAGE, "no pages"),
-    "no pages twice": (records(GOOD, entry(BASE + 9 * PAGE, 0, 4, five=0)), SECOND, BASE + 9 * PAGE, "no pages"),
-    "unaligned": (records(GOOD, entry(BASE + 9 * PAGE + 8, 1, 4)), SECOND, BASE + 9 * PAGE + 8, "not page-aligned"),
-    "unsorted": (records(GOOD, entry(BASE - PAGE, 1, 4)), SECOND, BASE - PAGE, f"unsorted: the entry before starts at {BASE:#x}"),
-    "overlapping": (records(GOOD, entry(BASE + PAGE, 1, 4)), SECOND, BASE + PAGE, f"overlaps the entry before, {BASE:#x}-"),
+    "a count above 32 bits": (records(GOOD, entry(LATER, 1 << 32, 4)), SECOND, LATER, "field 2"),
+    "unknown flags": (records(GOOD, entry(LATER, 1, 12)), SECOND, LATER, "field 4 is 0xc"),
+    "two counts": (records(GOOD, entry(LATER, 3, 4, five=2)), SECOND, LATER, "3 pages in field 2, 2"),
+    "no pages": (records(GOOD, entry(LATER, 0, 4)), SECOND, LATER, "no pages"),
+    "no pages twice": (records(GOOD, entry(LATER, 0, 4, five=0)), SECOND, LATER, "no pages"),
+    "unaligned": (records(GOOD, entry(LATER + 8, 1, 4)), SECOND, LATER + 8, "not page-aligned"),
+    "unsorted": (
+        records(GOOD, entry(BASE - PAGE, 1, 4)),
+        SECOND,
+        BASE - PAGE,
+        f"unsorted: the entry before starts at {BASE:#x}",
+    ),
+    "overlapping": (
+        records(GOOD, entry(BASE + PAGE, 1, 4)),
+        SECOND,
+        BASE + PAGE,
+        f"overlaps the entry before, {BASE:#x}-",
+    ),
     "the same twice": (records(GOOD, GOOD), SECOND, BASE, "overlaps"),
     "outside user space": (records(GOOD, entry(USER_END, 1, 4)), SECOND, USER_END, "not inside user space"),
-    "across the end": (records(GOOD, entry(USER_END - PAGE, 2, 4)), SECOND, USER_END - PAGE, "not inside user space"),
+    "across the end": (
+        records(GOOD, entry(USER_END - PAGE, 2, 4)),
+        SECOND,
+        USER_END - PAGE,
+        "not inside user space",
+    ),
     "beyond 64 bits": (
-        records(GOOD, entry(BASE + 9 * PAGE, 0, 4, five=(1 << 64) - 1)), SECOND, BASE + 9 * PAGE, "not inside user space",
+        records(GOOD, entry(LATER, 0, 4, five=(1 << 64) - 1)),
+        SECOND,
+        LATER,
+        "not inside user space",
     ),
-    "present and parent": (records(GOOD, entry(BASE + 9 * PAGE, 1, 5)), SECOND, BASE + 9 * PAGE, "contradictory"),
+    "present and parent": (records(GOOD, entry(LATER, 1, 5)), SECOND, LATER, "contradictory"),
     "present, in parent": (
-        records(GOOD, entry(BASE + 9 * PAGE, 1, 4, three=1)), SECOND, BASE + 9 * PAGE, "contradictory for the flags dialect",
+        records(GOOD, entry(LATER, 1, 4, three=1)),
+        SECOND,
+        LATER,
+        "contradictory for the flags dialect",
     ),
-    "count 5 is 0 in flags": (records(GOOD, entry(BASE + 9 * PAGE, 1, 4, five=0)), SECOND, BASE + 9 * PAGE, "contradictory"),
+    "count 5 is 0 in flags": (records(GOOD, entry(LATER, 1, 4, five=0)), SECOND, LATER, "contradictory"),
     "zero and parent": (
-        records(BARE, entry(BASE + 9 * PAGE, 1, 1, three=1)), FIRST + 4 + len(BARE), BASE + 9 * PAGE,
+        records(BARE, entry(LATER, 1, 1, three=1)),
+        FIRST + 4 + len(BARE),
+        LATER,
         "contradictory for the booleans dialect: field 3 is 1, field 4 is 1, field 5 is 0",
     ),
     "zero and lazy": (
-        records(BARE, entry(BASE + 9 * PAGE, 1, 1, five=1)), FIRST + 4 + len(BARE), BASE + 9 * PAGE, "field 4 is 1, field 5 is 1",
+        records(BARE, entry(LATER, 1, 1, five=1)),
+        FIRST + 4 + len(BARE),
+        LATER,
+        "field 4 is 1, field 5 is 1",
     ),
     "both dialects": (
-        records(GOOD, entry(BASE + 9 * PAGE, 1)), SECOND, BASE + 9 * PAGE, "corrupt: the images mix two dialects",
+        records(GOOD, entry(LATER, 1)),
+        SECOND,
+        LATER,
+        "corrupt: the images mix two dialects",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_PAGEMAPS)
@@ -228,9 +283,9 @@ def test_a_tree_that_is_none(tmp_path, tasks, words):
 @pytest.mark.parametrize(
     ("vma", "words"),
     [
-        ({"start": BASE + 8 * PAGE + 1, "end": BASE + 9 * PAGE}, "not page-aligned"),
-        ({"start": BASE + 9 * PAGE, "end": BASE + 9 * PAGE}, "empty or backwards"),
-        ({"start": BASE + PAGE, "end": BASE + 9 * PAGE}, "not behind the one before"),
+        ({"start": BASE + 8 * PAGE + 1, "end": LATER}, "not page-aligned"),
+        ({"start": LATER, "end": LATER}, "empty or backwards"),
+        ({"start": BASE + PAGE, "end": LATER}, "not behind the one before"),
         ({"start": USER_END - PAGE, "end": USER_END + PAGE}, "not inside user space"),
     ],
 )
@@ -368,10 +423,10 @@ def test_verify_goes_on_after_the_first_problem(tmp_path):
 
 
 def test_verify_names_pages_outside_every_vma(tmp_path):
-    entries = [Entry(BASE, 4), Entry(BASE + 6 * PAGE, 1), Entry(BASE + 9 * PAGE, 2)]
+    entries = [Entry(BASE, 4), Entry(BASE + 6 * PAGE, 1), Entry(LATER, 2)]
     vmas = [
         {"start": BASE + PAGE, "end": BASE + 3 * PAGE},
-        {"start": BASE + 9 * PAGE, "end": BASE + 10 * PAGE},
+        {"start": LATER, "end": BASE + 10 * PAGE},
     ]
     directory = build_checkpoint(tmp_path / "i", [Task(10, entries, vmas=vmas)])
     found = [(f.address, f.reason) for f in verify(directory)]
