@@ -86,42 +86,42 @@ enum lz_bad {
 	LZ_BAD_USER_SPACE = 14,   /* pages, end of user space */
 	LZ_BAD_UNSORTED = 15,     /* start, end of the entry before */
 	LZ_BAD_OVERLAP = 16,      /* start, end of the entry before */
-	LZ_BAD_COMBINATION = 17,  /* field 3 (0 or 1) | field 4 << 1 | field 5 << 4 as the dialect reads them, dialect */
-	LZ_BAD_NOT_BOOLEAN = 18,  /* field number, value: the booleans dialect cannot say this */
-	LZ_BAD_PAGES_SHORT = 19,  /* where in the pages image the run starts, pages of the run */
+	LZ_BAD_COMBINATION = 17, /* field 3 (0 or 1) | field 4 << 1 | field 5 << 4 as the dialect reads them, dialect */
+	LZ_BAD_NOT_BOOLEAN = 18, /* field number, value: the booleans dialect cannot say this */
+	LZ_BAD_PAGES_SHORT = 19, /* where in the pages image the run starts, pages of the run */
 };
 
 struct lz_pagemap_error {
-	uint64_t offset;     /* in the image: of the record, or of the field inside it */
-	uint64_t address;    /* image address, if has_address */
+	uint64_t offset; /* in the image: of the record, or of the field inside it */
+	uint64_t address; /* image address, if has_address */
 	uint64_t detail[2];
-	int32_t code;        /* enum lz_bad */
+	int32_t code; /* enum lz_bad */
 	uint8_t has_offset;
 	uint8_t has_address;
 };
 
 /* An entry as written, the dialect still open. 16 bytes. */
 struct lz_entry {
-	uint64_t word;  /* image address; its low bits, which alignment leaves free, say what fields were there */
+	uint64_t word; /* image address; its low bits, which alignment leaves free, say what fields were there */
 	uint64_t pages;
 };
 
 struct lz_pagemap {
 	struct lz_entry *entries;
 	uint64_t count;
-	uint64_t flags_offset;   /* offset and address of the first entry with LZ_SEEN_FLAGS */
+	uint64_t flags_offset; /* offset and address of the first entry with LZ_SEEN_FLAGS */
 	uint64_t flags_address;
-	uint64_t bare_offset;    /* the same for LZ_SEEN_BARE */
+	uint64_t bare_offset; /* the same for LZ_SEEN_BARE */
 	uint64_t bare_address;
 	uint32_t pages_id;
-	uint32_t seen;           /* enum lz_seen, OR-ed */
+	uint32_t seen; /* enum lz_seen, OR-ed */
 };
 
 struct lz_table {
 	struct lz_extent *rows;
 	uint64_t count;
 	uint64_t capacity;
-	uint64_t image_bytes;    /* how much of its pages image the last pushed pagemap names */
+	uint64_t image_bytes; /* how much of its pages image the last pushed pagemap names */
 };
 
 /*

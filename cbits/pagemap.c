@@ -19,7 +19,6 @@
  *
  * An unknown field is refused, not skipped: later versions say there that pages are compressed.
  */
-#define _GNU_SOURCE
 #include "lz.h"
 
 #include <assert.h>
@@ -101,8 +100,8 @@ static ssize_t fill(struct reader *r, size_t need)
 	r->filled -= r->at;
 	r->at = 0;
 	while (r->filled < need) {
-		ssize_t got = pread(r->fd, r->bytes + r->filled, BUFFER_BYTES - r->filled,
-				    (off_t)(r->base + r->filled));
+		ssize_t got =
+			pread(r->fd, r->bytes + r->filled, BUFFER_BYTES - r->filled, (off_t)(r->base + r->filled));
 		if (got < 0) {
 			if (errno == EINTR)
 				continue;
@@ -579,8 +578,8 @@ static int push(struct lz_table *out, const struct lz_table *parent, const struc
 				/* Entries are disjoint, so that the offsets stay below the size of user space. */
 				if (offset + bytes > pages_image_bytes) {
 					uint64_t fit = pages_image_bytes > offset ? pages_image_bytes - offset : 0;
-					bad_entry(error, LZ_BAD_PAGES_SHORT, 0,
-						  start + (fit & ~(uint64_t)WORD_BITS), offset, entry->pages);
+					bad_entry(error, LZ_BAD_PAGES_SHORT, 0, start + (fit & ~(uint64_t)WORD_BITS),
+						  offset, entry->pages);
 					error->has_offset = 0;
 					return -EBADMSG;
 				}
