@@ -53,3 +53,12 @@ def test_scenario(suite, scenario, turn, dumped, tmp_path):
     if harness.uses_stock() and scenario in STOCK_FAILS:
         pytest.skip(f"stock: {STOCK_FAILS[scenario]}")
     harness.assert_good(harness.lazy_restore(dumped(suite, scenario), tmp_path / "work"))
+
+
+@pytest.mark.skipif(harness.uses_stock(), reason="of lazyd alone")
+@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name not in {"plain", "kinds", "manyvmas"}])
+@pytest.mark.parametrize("fill", ["off", "rate"])
+def test_scenario_on_demand(suite, fill, scenario, turn, dumped, tmp_path):
+    """The same with the background fill off or slow, so that nearly every page comes by a fault."""
+    extra = {"off": ("--fill", "off"), "rate": ("--fill-rate", "48M")}[fill]
+    harness.assert_good(harness.lazy_restore(dumped(suite, scenario), tmp_path / "work", extra))
