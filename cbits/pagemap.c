@@ -18,6 +18,8 @@
  * field 5 where field 2 is 0), so that order, overlap and bounds are checked at once.
  *
  * An unknown field is refused, not skipped: later versions say there that pages are compressed.
+ *
+ * Decoder and flattener are one file because they share the packed form of an entry, which nobody else knows.
  */
 #include "lz.h"
 

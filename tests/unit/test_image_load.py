@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Loading whole directories: real ones, and made up ones.
 
-real_images/ holds, for each CRIU, the small images of a dump of a program with two threads, a forked child, a
-zombie, shared and locked memory. crit.json beside them is what that CRIU's `crit decode` (python3-pycriu) says
-of them: pagemap entries as [vaddr, pages, flags], VMAs as [start, end, status, flags], tasks as [pid, ppid], the
-state and name of each task, and how large the pages images were.
+real_images/ holds, for each CRIU, the small images of a dump of a program with two threads, a forked child,
+a zombie, shared and locked memory. crit.json beside them is what that CRIU's `crit decode` (python3-pycriu)
+says of them: pagemap entries as [vaddr, pages, flags], VMAs as [start, end, status, flags], tasks as [pid,
+ppid], the state and name of each task, and how large the pages images were.
 """
 
 from __future__ import annotations
