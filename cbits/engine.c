@@ -60,6 +60,7 @@ struct lz_engine *lz_engine_new(const struct lz_config *config, int *error)
 	engine->fill = config->fill;
 	engine->fill_rate = config->fill_rate;
 	engine->notify = -1;
+	lz_io_init(&engine->io, engine);
 	pthread_mutex_init(&engine->lock, NULL);
 	pthread_mutex_init(&engine->notice_lock, NULL);
 	for (uint32_t i = 0; i < LZ_MAX_WORKERS; i++)
@@ -203,6 +204,8 @@ int lz_engine_prepare(struct lz_engine *engine, int image_pid, const struct lz_e
 
 int lz_engine_start(struct lz_engine *engine)
 {
+	int result;
+
 	for (; engine->reserve_fds < RESERVE_FDS; engine->reserve_fds++) {
 		int fd = fcntl(engine->notify, F_DUPFD_CLOEXEC, 0);
 
@@ -210,16 +213,16 @@ int lz_engine_start(struct lz_engine *engine)
 			break;
 		engine->reserve_fd[engine->reserve_fds] = fd;
 	}
-	for (uint32_t i = 0; i < engine->workers; i++) {
+	result = lz_io_start(&engine->io);
+	for (uint32_t i = 0; i < engine->workers && !result; i++) {
 		int error = pthread_create(&engine->worker[i].thread, NULL, lz_worker_main, &engine->worker[i]);
 
-		if (error) {
-			lz_engine_stop(engine);
-			return -error;
-		}
-		engine->worker[i].running = true;
+		engine->worker[i].running = !error;
+		result = -error;
 	}
-	return 0;
+	if (result < 0)
+		lz_engine_stop(engine);
+	return result;
 }
 
 bool lz_engine_spend_reserve(struct lz_engine *engine)
@@ -235,7 +238,7 @@ bool lz_engine_spend_reserve(struct lz_engine *engine)
 	return spent;
 }
 
-static void wake_worker(struct lz_worker *worker)
+void lz_engine_wake_worker(struct lz_worker *worker)
 {
 	uint64_t one = 1;
 	ssize_t written = write(worker->wake, &one, sizeof(one));
@@ -246,7 +249,7 @@ static void wake_worker(struct lz_worker *worker)
 static void wake_workers(struct lz_engine *engine)
 {
 	for (uint32_t i = 0; i < engine->workers; i++)
-		wake_worker(&engine->worker[i]);
+		lz_engine_wake_worker(&engine->worker[i]);
 }
 
 int lz_engine_attach(struct lz_engine *engine, uint32_t number, int uffd, int run_pid)
@@ -281,7 +284,7 @@ int lz_engine_attach(struct lz_engine *engine, uint32_t number, int uffd, int ru
 	}
 	pthread_mutex_unlock(&worker->inbox_lock);
 	if (!result)
-		wake_worker(worker);
+		lz_engine_wake_worker(worker);
 	return result;
 }
 
@@ -310,6 +313,7 @@ void lz_engine_stop(struct lz_engine *engine)
 			pthread_join(worker->thread, NULL);
 		worker->running = false;
 	}
+	lz_io_stop(&engine->io);
 }
 
 void lz_engine_abandon(struct lz_engine *engine)

@@ -3,6 +3,7 @@
 #ifndef LZ_ENGINE_H
 #define LZ_ENGINE_H
 
+#include "io.h"
 #include "layout.h"
 #include "space.h"
 
@@ -55,6 +56,7 @@ struct lz_pending {
 	struct lz_task *task;
 	uint64_t address;
 	uint64_t since_ns;
+	uint32_t read; /* the read of its page that it waits for, or LZ_NO_READ */
 };
 
 struct lz_source {
@@ -87,8 +89,11 @@ struct lz_worker {
 	uint32_t pendings;
 	uint32_t outstanding; /* tasks with events that are not applied yet */
 	struct lz_task **task;
-	struct lz_pending pending[LZ_PENDING];
+	struct lz_pending pending[LZ_PENDING + LZ_READS];
 	pthread_mutex_t inbox_lock;
+	uint16_t resident_source; /* bytes [resident_start, resident_end) of it were in memory a moment ago */
+	uint64_t resident_start;
+	uint64_t resident_end;
 	uint32_t inbox_count; /* atomic */
 	uint32_t inbox_capacity;
 	struct lz_task **inbox;
@@ -117,6 +122,7 @@ struct lz_engine {
 	uint32_t notices, notice_first;
 	uint64_t notices_lost;
 	struct lz_notice notice[LZ_NOTICES];
+	struct lz_io io;
 	uint32_t workers;
 	struct lz_worker worker[LZ_MAX_WORKERS];
 };
@@ -133,6 +139,8 @@ __attribute__((weak)) void lz_point(const char *name, uint64_t address);
 #endif
 
 void *lz_worker_main(void *worker);
+/* Make a worker look at its inbox, its pending faults and the engine's flags now. */
+void lz_engine_wake_worker(struct lz_worker *worker);
 int lz_engine_add_task(struct lz_engine *engine, const struct lz_task *like, struct lz_task **task);
 void lz_engine_notify(struct lz_engine *engine, const struct lz_notice *notice);
 struct lz_task *lz_engine_task_at(struct lz_engine *engine, uint32_t number);

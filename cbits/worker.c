@@ -36,6 +36,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -57,6 +58,8 @@
 #define ZERO_WINDOW_PAGES 512U
 #define COPY_WINDOW_PAGES 64U
 #define RATE_BURST_BYTES (1U << 20)
+#define RESIDENT_PAGES 256U         /* asked at once whether they are in memory */
+#define AHEAD_BYTES (4ULL << 20)    /* read in one request, and this far before the fill needs it */
 #define POISON_TRIES 2000U          /* times 1 ms */
 
 #define PAGES(bytes) ((bytes) >> LZ_PAGE_SHIFT)
@@ -137,7 +140,7 @@ static void end_task(struct lz_worker *worker, struct lz_task *task, enum lz_tas
 		}
 	}
 	for (uint32_t i = 0; i < worker->pendings; i++) {
-		if (worker->pending[i].task != task)
+		if (worker->pending[i].task != task || worker->pending[i].read != LZ_NO_READ)
 			worker->pending[kept++] = worker->pending[i];
 	}
 	worker->pendings = kept;
@@ -197,6 +200,33 @@ static bool source_holds(struct lz_worker *worker, uint16_t number, uint64_t end
 						   .source = number,
 						   .value = (uint64_t)status.st_size });
 	return (uint64_t)status.st_size >= end;
+}
+
+/*
+ * Ask how much of a range of a source, from its start, is in memory; 0 when its first page is not.
+ */
+static uint64_t resident_bytes(struct lz_worker *worker, uint16_t number, uint64_t start, uint64_t end)
+{
+	const struct lz_source *source = &worker->engine->source[number];
+	unsigned char there[RESIDENT_PAGES];
+	uint64_t pages, known = 0;
+
+	if (worker->resident_source == number && worker->resident_start <= start && start < worker->resident_end)
+		return (end < worker->resident_end ? end : worker->resident_end) - start;
+	/* Small questions are those of faults: nothing says that what follows will be asked. */
+	pages = end - start <= BYTES(ACTIVE_CHUNK_PAGES) ? PAGES(end - start) : RESIDENT_PAGES;
+	if (pages > PAGES(source->size - start + LZ_PAGE_SIZE - 1))
+		pages = PAGES(source->size - start + LZ_PAGE_SIZE - 1);
+	if (mincore((void *)(uintptr_t)(source->map + start), BYTES(pages), there) < 0)
+		return end - start;
+	while (known < pages && there[known] & 1)
+		known++;
+	if (pages == RESIDENT_PAGES && known) {
+		worker->resident_source = number;
+		worker->resident_start = start;
+		worker->resident_end = start + BYTES(known);
+	}
+	return BYTES(known) < end - start ? BYTES(known) : end - start;
 }
 
 /* Installing pages */
@@ -413,9 +443,10 @@ static uint64_t window_of(const struct lz_stream *stream, uint64_t most)
 }
 
 /*
- * Answer one fault. 0: the thread will go on (or fault again); else as install_run.
+ * Answer one fault. 0: the thread will go on (or fault again); -EINPROGRESS: its page is being read from a disk, and
+ * *read says by which read; else as install_run. *read on the way in is the read that was waited for, or LZ_NO_READ.
  */
-static int answer(struct lz_worker *worker, struct lz_task *task, uint64_t address)
+static int answer(struct lz_worker *worker, struct lz_task *task, uint64_t address, uint32_t *read)
 {
 	struct lz_arena *arena = worker->engine->arena;
 	struct lz_space *space = &task->space;
@@ -495,6 +526,22 @@ static int answer(struct lz_worker *worker, struct lz_task *task, uint64_t addre
 		return -EUCLEAN; /* the state said missing and the table has it */
 	if (pages > 1 && lz_space_next_missing(arena, space, (uint32_t)number, page, page + pages, pages, &run))
 		pages = run.pages;
+	if (run.kind == LZ_KIND_DUMPED) {
+		uint64_t there = resident_bytes(worker, run.source, run.offset, run.offset + BYTES(run.pages));
+
+		if (!there && *read == LZ_NO_READ) {
+			/* From a disk: somebody else waits for it. With no one free, or after that, we do. */
+			uint64_t block = run.offset & ~(BYTES(ACTIVE_CHUNK_PAGES) - 1);
+			uint64_t end = block + BYTES(ACTIVE_CHUNK_PAGES);
+			uint64_t size = worker->engine->source[run.source].size;
+
+			*read = lz_io_fetch(&worker->engine->io, worker, run.source, block, end < size ? end : size);
+			if (*read != LZ_NO_READ)
+				return -EINPROGRESS;
+		}
+		run.pages = there ? PAGES(there) : 1;
+		pages = run.pages;
+	}
 	stream->next = address + BYTES(pages);
 	result = install_run(worker, task, &run, BY_FAULT);
 	if (!is_serving(task))
@@ -507,18 +554,19 @@ static int answer(struct lz_worker *worker, struct lz_task *task, uint64_t addre
 }
 
 /* Put a fault aside that cannot be answered yet. */
-static void hold_fault(struct lz_worker *worker, struct lz_task *task, uint64_t address, uint64_t since)
+static void hold_fault(struct lz_worker *worker, struct lz_task *task, uint64_t address, uint64_t since,
+		       uint32_t read)
 {
 	for (uint32_t i = 0; i < worker->pendings; i++) {
-		if (worker->pending[i].task == task && worker->pending[i].address == address)
+		if (worker->pending[i].task == task && worker->pending[i].address == address && read == LZ_NO_READ)
 			return;
 	}
-	if (worker->pendings == LZ_PENDING) {
+	if (worker->pendings == LZ_PENDING && read == LZ_NO_READ) {
 		lz_uffd_wake(task->uffd, address, LZ_PAGE_SIZE); /* it will ask again */
 		return;
 	}
 	worker->pending[worker->pendings++] =
-		(struct lz_pending){ .task = task, .address = address, .since_ns = since };
+		(struct lz_pending){ .task = task, .address = address, .since_ns = since, .read = read };
 }
 
 static void fail_task(struct lz_worker *worker, struct lz_task *task, int error);
@@ -529,6 +577,8 @@ static bool settle_outcome(struct lz_worker *worker, struct lz_task *task, int r
 	switch (result) {
 	case 0:
 		return true;
+	case -EINPROGRESS:
+		return false;
 	case -EAGAIN:
 	case -ENOMEM: /* the task is at the limit of its control group: it may free some, or be killed */
 	case -EBUSY:
@@ -543,19 +593,21 @@ static bool settle_outcome(struct lz_worker *worker, struct lz_task *task, int r
 	}
 }
 
-static void answer_or_hold(struct lz_worker *worker, struct lz_task *task, uint64_t address, uint64_t since)
+static void answer_or_hold(struct lz_worker *worker, struct lz_task *task, uint64_t address, uint64_t since,
+			   uint32_t read)
 {
+	const bool was_read = read != LZ_NO_READ;
 	int result;
 
 	if (!is_serving(task))
 		return;
 	if (task->events) {
-		hold_fault(worker, task, address, since); /* nothing can be installed now */
+		hold_fault(worker, task, address, since, LZ_NO_READ); /* nothing can be installed now */
 		return;
 	}
-	result = answer(worker, task, address);
+	result = answer(worker, task, address, &read);
 	if (!settle_outcome(worker, task, result)) {
-		hold_fault(worker, task, address, since);
+		hold_fault(worker, task, address, since, was_read ? LZ_NO_READ : read);
 		return;
 	}
 	if (is_serving(task)) {
@@ -812,7 +864,7 @@ static void serve(struct lz_worker *worker, struct lz_task *task)
 		}
 	}
 	for (uint32_t i = 0; i < found; i++)
-		answer_or_hold(worker, task, faults[i], since);
+		answer_or_hold(worker, task, faults[i], since, LZ_NO_READ);
 }
 
 /* Look again at the layouts that had not settled. */
@@ -833,14 +885,15 @@ static void retry_pending(struct lz_worker *worker, uint64_t now)
 	for (uint32_t i = 0; i < due && i < worker->pendings;) {
 		struct lz_pending pending = worker->pending[i];
 
-		if (now < pending.task->unsettled_ns) {
+		if (now < pending.task->unsettled_ns ||
+		    (pending.read != LZ_NO_READ && !lz_io_take(&worker->engine->io, pending.read))) {
 			i++;
 			continue;
 		}
 		worker->pending[i] = worker->pending[--worker->pendings];
 		if (due > worker->pendings)
 			due = worker->pendings;
-		answer_or_hold(worker, pending.task, pending.address, pending.since_ns);
+		answer_or_hold(worker, pending.task, pending.address, pending.since_ns, pending.read);
 	}
 }
 
@@ -1028,6 +1081,38 @@ static uint64_t fill_allowance(struct lz_engine *engine, uint64_t now)
 	return earned > spent ? earned - spent : 0;
 }
 
+/*
+ * Shorten a run to what is in memory, and have what the fill needs next read ahead. False when nothing of it is there.
+ */
+static bool fetched_for_fill(struct lz_worker *worker, struct lz_run *run, bool in_order)
+{
+	struct lz_io *io = &worker->engine->io;
+	const uint64_t size = worker->engine->source[run->source].size;
+	const uint64_t known = worker->resident_source == run->source ? worker->resident_end : 0;
+	uint64_t end = run->offset + BYTES(run->pages);
+	uint64_t ahead = run->offset + AHEAD_BYTES, there;
+
+	/* A fill in order asks for a window at a time, one that follows random faults for no more than it needs. */
+	if (in_order && end < run->offset + BYTES(RESIDENT_PAGES))
+		end = run->offset + BYTES(RESIDENT_PAGES) < size ? run->offset + BYTES(RESIDENT_PAGES) : size;
+	there = resident_bytes(worker, run->source, run->offset, end);
+	if (!there) {
+		lz_io_ahead(io, worker, run->source, run->offset, ahead < size ? ahead : size);
+		return false;
+	}
+	if (worker->resident_end != known && ahead < size) { /* once a window */
+		unsigned char is_there;
+		const uint8_t *map = worker->engine->source[run->source].map;
+
+		if (!mincore((void *)(uintptr_t)(map + ahead), LZ_PAGE_SIZE, &is_there) && !(is_there & 1))
+			lz_io_ahead(io, worker, run->source, ahead,
+				    ahead + AHEAD_BYTES < size ? ahead + AHEAD_BYTES : size);
+	}
+	if (BYTES(run->pages) > there)
+		run->pages = PAGES(there);
+	return true;
+}
+
 /* One bounded chunk of background fill for a task. True when something was done. */
 static bool fill_task(struct lz_worker *worker, struct lz_task *task, uint64_t now)
 {
@@ -1059,6 +1144,8 @@ static bool fill_task(struct lz_worker *worker, struct lz_task *task, uint64_t n
 			if (!next_to_fill(worker, task, budget - filled, &run, &number))
 				return filled > 0 || task_filled(worker, task);
 		}
+		if (run.kind == LZ_KIND_DUMPED && !fetched_for_fill(worker, &run, !task->near))
+			break;
 		result = install_run(worker, task, &run, BY_FILL);
 		if (!settle_outcome(worker, task, result) || !is_serving(task))
 			break;

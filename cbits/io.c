@@ -1,0 +1,145 @@
+/* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include "io.h"
+
+#include "engine.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+
+#ifndef MADV_POPULATE_READ /* 5.14 */
+#define MADV_POPULATE_READ 22
+#endif
+
+void lz_io_init(struct lz_io *io, struct lz_engine *engine)
+{
+	io->engine = engine;
+	pthread_mutex_init(&io->lock, NULL);
+	pthread_cond_init(&io->changed, NULL);
+}
+
+/* The queued read to do next: urgent ones first, then in turn. */
+static struct lz_read *next_read(struct lz_io *io)
+{
+	struct lz_read *best = NULL;
+
+	for (uint32_t i = 0; i < LZ_READS; i++) {
+		struct lz_read *read = &io->read[i];
+
+		if (read->state != LZ_READ_QUEUED)
+			continue;
+		if (!best || read->urgent > best->urgent || (read->urgent == best->urgent && read->turn < best->turn))
+			best = read;
+	}
+	return best;
+}
+
+static void *reader_main(void *argument)
+{
+	struct lz_io *io = argument;
+
+	pthread_mutex_lock(&io->lock);
+	while (!io->stopping) {
+		struct lz_read *read = next_read(io);
+		const struct lz_source *source;
+		struct lz_worker *worker;
+
+		if (!read) {
+			pthread_cond_wait(&io->changed, &io->lock);
+			continue;
+		}
+		read->state = LZ_READ_RUNNING;
+		pthread_mutex_unlock(&io->lock);
+		source = &io->engine->source[read->source];
+		LZ_POINT("before-read", read->start);
+		/* One request to the disk for all of it, then the wait for it, page by page. Whether a page can be
+		 * read at all is found out by its COPY. */
+		(void)posix_fadvise(source->fd, (off_t)read->start, (off_t)(read->end - read->start),
+				    POSIX_FADV_WILLNEED);
+		(void)madvise((void *)(uintptr_t)(source->map + read->start), read->end - read->start,
+			      MADV_POPULATE_READ);
+		pthread_mutex_lock(&io->lock);
+		worker = read->worker;
+		read->state = read->urgent ? LZ_READ_DONE : LZ_READ_FREE;
+		lz_engine_wake_worker(worker);
+	}
+	pthread_mutex_unlock(&io->lock);
+	return NULL;
+}
+
+int lz_io_start(struct lz_io *io)
+{
+	for (; io->readers < LZ_READERS; io->readers++) {
+		int error = pthread_create(&io->reader[io->readers], NULL, reader_main, io);
+
+		if (error)
+			return -error;
+	}
+	return 0;
+}
+
+void lz_io_stop(struct lz_io *io)
+{
+	pthread_mutex_lock(&io->lock);
+	io->stopping = true;
+	pthread_cond_broadcast(&io->changed);
+	pthread_mutex_unlock(&io->lock);
+	while (io->readers)
+		pthread_join(io->reader[--io->readers], NULL);
+}
+
+static uint32_t queue(struct lz_io *io, struct lz_read read)
+{
+	uint32_t number = LZ_NO_READ;
+
+	for (uint32_t i = 0; i < LZ_READS && io->readers; i++) {
+		if (io->read[i].state == LZ_READ_FREE) {
+			read.state = LZ_READ_QUEUED;
+			read.turn = io->turn++;
+			io->read[i] = read;
+			pthread_cond_signal(&io->changed);
+			number = i;
+			break;
+		}
+	}
+	return number;
+}
+
+uint32_t lz_io_fetch(struct lz_io *io, struct lz_worker *worker, uint16_t source, uint64_t start, uint64_t end)
+{
+	uint32_t number;
+
+	pthread_mutex_lock(&io->lock);
+	number = queue(io, (struct lz_read){
+				   .worker = worker, .source = source, .start = start, .end = end, .urgent = true });
+	pthread_mutex_unlock(&io->lock);
+	return number;
+}
+
+bool lz_io_take(struct lz_io *io, uint32_t number)
+{
+	bool done;
+
+	pthread_mutex_lock(&io->lock);
+	done = io->read[number].state == LZ_READ_DONE;
+	if (done)
+		io->read[number].state = LZ_READ_FREE;
+	pthread_mutex_unlock(&io->lock);
+	return done;
+}
+
+void lz_io_ahead(struct lz_io *io, struct lz_worker *worker, uint16_t source, uint64_t start, uint64_t end)
+{
+	bool is_read = false;
+
+	pthread_mutex_lock(&io->lock);
+	for (uint32_t i = 0; i < LZ_READS && !is_read; i++) {
+		const struct lz_read *read = &io->read[i];
+
+		is_read = (read->state == LZ_READ_QUEUED || read->state == LZ_READ_RUNNING) &&
+			  read->source == source && read->start < end && start < read->end;
+	}
+	if (!is_read)
+		(void)queue(io, (struct lz_read){ .worker = worker, .source = source, .start = start, .end = end });
+	pthread_mutex_unlock(&io->lock);
+}
