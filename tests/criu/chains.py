@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Rewrite a real dump: into a chain of parents, or into the booleans dialect with zero holes.
 
-Stock CRIU makes no chains here (the kernel has no soft-dirty bits), so they are made from a real dump: every run of
-pages is given to one level, younger levels get a parent hole there, and the next older ones may hold a stale copy, as
-in life. Each level's entries are cut anew, so that a hole rarely has the borders of what fills it.
+Stock CRIU makes no chains here (the kernel has no soft-dirty bits), so they are made from a real dump:
+every run of pages is given to one level, younger levels get a parent hole there, and the next older ones
+may hold a stale copy, as in life. Each level's entries are cut anew, so that a hole rarely has the
+borders of what fills it.
 
 This codec is its own, a page long, so that it shares no mistake with lazyd's.
 """
@@ -76,7 +77,7 @@ def _message(fields: dict[int, int]) -> bytes:
 
 
 def read_pagemap(path: Path) -> tuple[int, list[Entry], bool]:
-    """Return the pages id, the entries, and whether they are of criu 4.2 or later; the dialect must be flags."""
+    """Return the pages id, the entries, and whether criu 4.2 or later wrote them; for the flags dialect."""
     data = path.read_bytes()
     assert data[:8] == PAGEMAP_MAGIC
     at, records = 8, []
@@ -154,7 +155,7 @@ def split_into_chain(images: Path, out: Path, depth: int, seed: int = 1, eager_s
                 at, left = entry.start, entry.pages
                 while left:
                     count = min(left, random_.randint(1, 40))
-                    _spread(tables, at, pages.read(count * PAGE), entry.flags, random_, eager_share)
+                    _spread(tables, (at, pages.read(count * PAGE), entry.flags), random_, eager_share)
                     at += count * PAGE
                     left -= count
         for level, table in zip(levels, tables, strict=True):
@@ -166,8 +167,9 @@ def split_into_chain(images: Path, out: Path, depth: int, seed: int = 1, eager_s
     return levels[0]
 
 
-def _spread(tables, start: int, data: bytes, flags: int, random_: random.Random, eager_share: float) -> None:
+def _spread(tables, run: tuple[int, bytes, int], random_: random.Random, eager_share: float) -> None:
     """Give one run to a level; put holes above it and, for some, what it was earlier below it."""
+    start, data, flags = run
     count, depth = len(data) // PAGE, len(tables) - 1
     owner = random_.randint(0, depth)
     for level in range(owner):

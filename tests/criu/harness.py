@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Checkpoint a program with a real CRIU, restore it lazily, and clean up whatever happens.
 
-Facts this rests on: a restored task gets its old pid, so the old one must be gone and reaped, and orphans of `criu
-restore -d` must become ours to reap: the harness is a child subreaper. Victims are session leaders with stdio on
-/dev/null, so that they can be dumped, and their process group names all that they fork, so that it can be killed.
+Facts this rests on: a restored task gets its old pid, so the old one must be gone and reaped, and orphans
+of `criu restore -d` must become ours to reap: the harness is a child subreaper. Victims are session
+leaders with stdio on /dev/null, so that they can be dumped, and their process group names all that they
+fork, so that it can be killed.
 """
 
 from __future__ import annotations
@@ -147,8 +148,20 @@ def checkpoint(suite: str, command: list[str], folder: Path, extra: tuple[str, .
     pid = start_program(command, state)
     try:
         log = images / "dump.log"
-        words = [criu_command(suite), "dump", "-t", str(pid), "-D", str(images), "--shell-job", "-o", "dump.log"]
-        run = subprocess.run([*words, "-v1", *extra], capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+        words = [
+            criu_command(suite),
+            "dump",
+            "-t",
+            str(pid),
+            "-D",
+            str(images),
+            "--shell-job",
+            "-o",
+            "dump.log",
+        ]
+        run = subprocess.run(
+            [*words, "-v1", *extra], capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+        )
         if run.returncode:
             raise AssertionError(f"criu dump failed ({run.returncode}): {run.stderr}\n{tail(log)}")
     finally:
@@ -221,7 +234,9 @@ def criu_restore(suite: str, images: Path, work: Path, extra: tuple[str, ...] = 
     words += ["-o", "restore.log", "-v1", *extra]
     # Output goes to a file: the restored tasks may hold a pipe open for ever.
     with (work / "restore.out").open("wb") as out:
-        run = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, check=False, timeout=TIMEOUT_S)
+        run = subprocess.run(
+            words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, check=False, timeout=TIMEOUT_S
+        )
     if run.returncode:
         texts = tail(work / "restore.out"), tail(work / "restore.log")
         raise AssertionError(f"criu restore failed ({run.returncode}):\n" + "\n".join(texts))
@@ -260,7 +275,9 @@ def lazy_restore(
     finally:
         daemon.stop()
         reap_group(saved.pid)
-    return Outcome(saved.result, daemon_exit, daemon.output.read_text(errors="replace"), work, daemon.report())
+    return Outcome(
+        saved.result, daemon_exit, daemon.output.read_text(errors="replace"), work, daemon.report()
+    )
 
 
 def eager_restore(saved: Checkpoint, work: Path, images: Path | None = None) -> str:
@@ -281,7 +298,9 @@ def task_states(pid: int) -> str:
     lines = []
     for task in Path(f"/proc/{pid}/task").glob("*"):
         with contextlib.suppress(OSError):
-            state = next(line for line in (task / "status").read_text().splitlines() if line.startswith("State"))
+            state = next(
+                line for line in (task / "status").read_text().splitlines() if line.startswith("State")
+            )
             lines.append(f"thread {task.name}: {state} {(task / 'wchan').read_text()}")
     return "\n".join(lines) or f"task {pid} is gone"
 

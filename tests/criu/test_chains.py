@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Chains of parents and the booleans dialect, made from real dumps; see chains.py."""
 
+# ruff: noqa: PLR0917  pytest passes fixtures by name
+
 from __future__ import annotations
 
 import shutil

@@ -2,9 +2,11 @@
 """Real programs, dumped by a real CRIU, restored lazily: every byte right, every daemon exit 0.
 
 The victim checks its own memory against words that are a function of the address; see tests/victims/victim.c.
-LAZYD_REPEAT=20 runs each restore that often from one dump; LAZYD_TEST_DAEMON=stock puts criu lazy-pages in lazyd's
-place.
+LAZYD_REPEAT=20 runs each restore that often from one dump; LAZYD_TEST_DAEMON=stock puts criu lazy-pages in
+lazyd's place.
 """
+
+# ruff: noqa: PLR0917  pytest passes fixtures by name
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def test_scenario(suite, scenario, turn, dumped, tmp_path):
 
 
 @pytest.mark.skipif(harness.uses_stock(), reason="of lazyd alone")
-@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name not in {"plain", "kinds", "manyvmas"}])
+@pytest.mark.parametrize(
+    "scenario", [name for name in SCENARIOS if name not in {"plain", "kinds", "manyvmas"}]
+)
 @pytest.mark.parametrize("fill", ["off", "rate"])
 def test_scenario_on_demand(suite, fill, scenario, turn, dumped, tmp_path):
     """The same with the background fill off or slow, so that nearly every page comes by a fault."""
