@@ -1,0 +1,233 @@
+/* SPDX-License-Identifier: MIT */
+/* Reading the queue of a task and applying layout events: what each does to what we know. Their order: layout.h. */
+#define _GNU_SOURCE
+#include "worker.h"
+
+#include <errno.h>
+#include <string.h>
+#include <unistd.h>
+
+#define MESSAGES 64U
+#define WATCH_NS 10000U             /* looks closer together than this miss nothing (layout.h, overlapped) */
+
+static void drop_range(struct lz_worker *worker, struct lz_task *task, uint64_t start, uint64_t end)
+{
+	uint64_t dropped = lz_space_count_missing(worker->engine->arena, &task->space, start, end);
+
+	lz_count(&worker->counters->dropped_pages, dropped);
+	lz_forget_left(task, dropped);
+}
+
+static void apply_fork(struct lz_worker *worker, struct lz_task *task, int uffd)
+{
+	struct lz_engine *engine = worker->engine;
+	struct lz_task like = {
+		.image_pid = task->image_pid,
+		.parent = (int32_t)task->number,
+		.uffd = uffd,
+		.status = LZ_TASK_SERVING,
+		.worker = worker->number,
+		.image_pages = task->left_pages,
+		.left_pages = task->left_pages,
+		.handed_back = task->handed_back,
+	};
+	struct lz_task *child = NULL;
+	int result;
+
+	lz_count(&worker->counters->forks, 1);
+	result = lz_space_fork(engine->arena, &task->space, &like.space);
+	if (!result) {
+		result = lz_engine_add_task(engine, &like, &child);
+		if (result)
+			lz_space_drop(engine->arena, &like.space);
+	}
+	if (!result)
+		result = lz_task_adopt(worker, child);
+	if (!result) {
+		__atomic_add_fetch(&engine->attached, 1, __ATOMIC_RELAXED);
+		lz_notify(worker, (struct lz_notice){ .kind = LZ_NOTICE_FORKED,
+						   .task = child->number,
+						   .value = task->number });
+		return;
+	}
+	/* No room for it: it must not read zeros. */
+	lz_task_poison(worker, task, uffd);
+	close(uffd);
+	if (child) {
+		child->uffd = -1;
+		__atomic_store_n(&child->status, LZ_TASK_FAILED, __ATOMIC_RELEASE);
+	}
+	lz_notify(worker, (struct lz_notice){ .kind = LZ_NOTICE_TASK_FAILED,
+					   .task = child ? child->number : task->number,
+					   .error = result });
+}
+
+static void apply_event(struct lz_worker *worker, struct lz_task *task, const struct lz_event *event)
+{
+	struct lz_arena *arena = worker->engine->arena;
+	int result = 0;
+
+	switch (event->event) {
+	case UFFD_EVENT_FORK:
+		apply_fork(worker, task, event->uffd);
+		break;
+	case UFFD_EVENT_REMAP:
+		drop_range(worker, task, event->to, event->to + (event->end - event->start));
+		result = lz_space_remap(arena, &task->space, event->start, event->to, event->end - event->start);
+		lz_uffd_wake(task->uffd, event->start, event->end - event->start);
+		break;
+	case UFFD_EVENT_REMOVE:
+		drop_range(worker, task, event->start, event->end);
+		lz_space_remove(arena, &task->space, event->start, event->end);
+		break;
+	default: /* UFFD_EVENT_UNMAP */
+		drop_range(worker, task, event->start, event->end);
+		result = lz_space_unmap(arena, &task->space, event->start, event->end);
+		lz_uffd_wake(task->uffd, event->start, event->end - event->start);
+	}
+	if (result < 0 && lz_is_serving(task))
+		lz_task_fail(worker, task, result);
+}
+
+struct question {
+	struct lz_worker *worker;
+	struct lz_task *task;
+};
+
+static enum lz_truth registered(void *context, int child, uint64_t address)
+{
+	const struct question *question = context;
+	struct lz_task *task = question->task;
+	int result;
+
+	if (child == LZ_BEFORE)
+		return lz_space_find(question->worker->engine->arena, &task->space, address) < 0 ? LZ_UNKNOWN :
+												   LZ_REGISTERED;
+	result = lz_uffd_probe(child < 0 ? task->uffd : task->event[child].uffd, address, LZ_PAGE_SIZE);
+	return result == -EFAULT ? LZ_REGISTERED : result == -ENOENT ? LZ_NOT_REGISTERED : LZ_UNKNOWN;
+}
+
+/* Apply the batch of events; the layout is settled, or the order does not matter any more. */
+void lz_events_apply(struct lz_worker *worker, struct lz_task *task)
+{
+	struct question question = { worker, task };
+	struct lz_event batch[LZ_BATCH];
+	uint8_t order[LZ_BATCH];
+	uint32_t count = task->events;
+
+	lz_layout_order(task->event, count, registered, &question, order);
+	memcpy(batch, task->event, sizeof(batch));
+	task->events = 0;
+	worker->outstanding--;
+	task->fill_region = 0;
+	task->near = 0;
+	lz_task_settle(task);
+	for (uint32_t i = 0; i < count; i++) {
+		if (lz_is_serving(task))
+			apply_event(worker, task, &batch[order[i]]);
+		else if (batch[order[i]].event == UFFD_EVENT_FORK) /* no longer known what it has: it waits for ever */
+			lz_notify(worker, (struct lz_notice){ .kind = LZ_NOTICE_HELD, .task = task->number });
+	}
+}
+
+static void keep_event(struct lz_worker *worker, struct lz_task *task, const struct uffd_msg *message, uint64_t now)
+{
+	struct lz_event event = { .event = message->event, .uffd = -1 };
+
+	LZ_POINT("event-read", message->event);
+	switch (message->event) {
+	case UFFD_EVENT_FORK:
+		event.uffd = (int)message->arg.fork.ufd;
+		event.overlapped = task->events && now - task->watched_ns < WATCH_NS;
+		break;
+	case UFFD_EVENT_REMAP:
+		event.start = message->arg.remap.from;
+		event.end = event.start + message->arg.remap.len;
+		event.to = message->arg.remap.to;
+		lz_count(&worker->counters->remaps, 1);
+		break;
+	case UFFD_EVENT_REMOVE:
+	case UFFD_EVENT_UNMAP:
+		event.start = message->arg.remove.start;
+		event.end = message->arg.remove.end;
+		lz_count(message->event == UFFD_EVENT_REMOVE ? &worker->counters->removes : &worker->counters->unmaps, 1);
+		break;
+	default:
+		lz_task_fail(worker, task, -EPROTO);
+		return;
+	}
+	if (task->events == LZ_BATCH)
+		lz_events_apply(worker, task);
+	if (!lz_is_serving(task))
+		return;
+	if (!task->events)
+		worker->outstanding++;
+	if (!task->events || now - task->watched_ns < WATCH_NS)
+		task->watched_ns = now;
+	task->event[task->events++] = event;
+}
+
+/*
+ * Drain a task's queue: layout events are kept in its batch, the addresses of faults returned. What finds no room is
+ * woken to ask again.
+ */
+uint32_t lz_events_read(struct lz_worker *worker, struct lz_task *task, uint64_t *faults, uint32_t room)
+{
+	struct uffd_msg message[MESSAGES];
+	uint32_t found = 0;
+
+	while (lz_is_serving(task)) {
+		uint64_t before = lz_now_ns();
+		ssize_t got = read(task->uffd, message, sizeof(message));
+
+		if (got < 0 && errno == EINTR)
+			continue;
+		if (got < 0 && (errno == EMFILE || errno == ENFILE)) {
+			/* A fork waits for a descriptor. */
+			if (lz_engine_spend_reserve(worker->engine))
+				continue;
+			lz_task_unsettle(worker, task, before);
+			break;
+		}
+		if (got <= 0) {
+			task->empty_ns = before;
+			break;
+		}
+		for (uint32_t i = 0; i < (size_t)got / sizeof(message[0]) && lz_is_serving(task); i++) {
+			if (message[i].event != UFFD_EVENT_PAGEFAULT) {
+				keep_event(worker, task, &message[i], before);
+				continue;
+			}
+			uint64_t address = message[i].arg.pagefault.address & ~(LZ_PAGE_SIZE - 1);
+
+			lz_count(&worker->counters->faults, 1);
+			if (found < room)
+				faults[found++] = address;
+			else
+				lz_uffd_wake(task->uffd, address, LZ_PAGE_SIZE);
+		}
+	}
+	return found;
+}
+
+/*
+ * Look whether the layout has settled, and apply the batch when it has. True when no event is outstanding.
+ */
+bool lz_events_settle(struct lz_worker *worker, struct lz_task *task)
+{
+	uint64_t now;
+
+	if (!task->events)
+		return true;
+	now = lz_now_ns();
+	switch (lz_uffd_settled(task->uffd)) {
+	case -EAGAIN:
+		/* A look that came late may have missed that it was settled in between. */
+		if (now - task->watched_ns < WATCH_NS)
+			task->watched_ns = now;
+		return false;
+	default: /* settled, or the memory is gone: a child that it forked is not */
+		lz_events_apply(worker, task);
+		return true;
+	}
+}

@@ -1,0 +1,226 @@
+/* SPDX-License-Identifier: MIT */
+/* Answering faults: what a page is, how much beside it comes with it, and what waits. */
+#define _GNU_SOURCE
+#include "worker.h"
+
+#include <errno.h>
+
+#define ZERO_WINDOW_PAGES 512U
+#define COPY_WINDOW_PAGES 64U
+
+/* Find the forward stream that a fault belongs to, or begin one in the place of the oldest. */
+static struct lz_stream *stream_of(struct lz_task *task, uint64_t address)
+{
+	struct lz_stream *oldest = &task->stream[0];
+
+	task->stream_clock++;
+	for (uint32_t i = 0; i < LZ_STREAMS; i++) {
+		struct lz_stream *stream = &task->stream[i];
+
+		if (address >= stream->next && address < stream->next + BYTES(16) && stream->next) {
+			stream->streak++;
+			stream->age = task->stream_clock;
+			return stream;
+		}
+		if (task->stream_clock - stream->age > task->stream_clock - oldest->age)
+			oldest = stream;
+	}
+	*oldest = (struct lz_stream){ .age = task->stream_clock };
+	return oldest;
+}
+
+static uint64_t window_of(const struct lz_stream *stream, uint64_t most)
+{
+	uint64_t pages;
+
+	if (!stream->streak)
+		return 1;
+	pages = 8ULL << (stream->streak < 8 ? stream->streak : 8);
+	return pages < most ? pages : most;
+}
+
+/*
+ * Answer one fault. 0: the thread will go on (or fault again); -EINPROGRESS: its page is being read from a disk, and
+ * *read says by which read; else as install_run. *read on the way in is the read that was waited for, or LZ_NO_READ.
+ */
+static int answer(struct lz_worker *worker, struct lz_task *task, uint64_t address, uint32_t *read)
+{
+	struct lz_arena *arena = worker->engine->arena;
+	struct lz_space *space = &task->space;
+	const int64_t number = lz_space_find(arena, space, address);
+	const struct lz_region *region;
+	const struct lz_extent *extent;
+	struct lz_stream *stream;
+	uint64_t image_address, page, pages, gap_end = 0;
+	enum lz_state state;
+	int result;
+
+	if (number < 0) {
+		/* Memory that a VMA of ours has grown by: zeros, and no state. Up to the next region. */
+		uint64_t end = LZ_USER_END;
+
+		for (uint32_t low = 0, high = space->regions; low < high;) {
+			uint32_t middle = low + (high - low) / 2;
+			uint64_t start = lz_space_region(arena, space, middle)->start;
+
+			if (start > address) {
+				end = start;
+				high = middle;
+			} else {
+				low = middle + 1;
+			}
+		}
+		stream = stream_of(task, address);
+		pages = window_of(stream, ZERO_WINDOW_PAGES);
+		if (pages > PAGES(end - address))
+			pages = PAGES(end - address);
+		result = lz_install_zeros(worker, task, address, pages);
+		stream->next = address + BYTES(pages);
+		return result;
+	}
+
+	region = lz_space_region(arena, space, (uint32_t)number);
+	page = PAGES(address - region->start);
+	image_address = region->image_start + (address - region->start);
+	state = lz_space_state(arena, space, address);
+	if (state == LZ_PRESENT) {
+		/* Another thread's fault brought it, between the fault and its message. */
+		lz_count(&worker->counters->present_pages, 1);
+		lz_uffd_wake(task->uffd, address, LZ_PAGE_SIZE);
+		return 0;
+	}
+	if (state == LZ_ASKED)
+		return 0; /* held back: nothing can be given */
+
+	stream = stream_of(task, address);
+	extent = lz_space_extent(arena, space, image_address, &gap_end);
+	if (state == LZ_REMOVED || !extent || extent->kind == LZ_KIND_ZERO) {
+		if (state == LZ_REMOVED) {
+			uint64_t most = window_of(stream, ZERO_WINDOW_PAGES);
+
+			for (pages = 1; pages < most && page + pages < region->pages; pages++) {
+				if (lz_space_state(arena, space, address + BYTES(pages)) != LZ_REMOVED)
+					break;
+			}
+		} else {
+			if (extent)
+				gap_end = extent->start + BYTES(extent->pages);
+			pages = PAGES(gap_end - image_address);
+			if (pages > region->pages - page)
+				pages = region->pages - page;
+			if (pages > window_of(stream, ZERO_WINDOW_PAGES))
+				pages = window_of(stream, ZERO_WINDOW_PAGES);
+			pages = lz_space_state_run(arena, space, region, page, pages, true);
+		}
+		stream->next = address + BYTES(pages);
+		return lz_install_zeros(worker, task, address, pages);
+	}
+
+	struct lz_run run;
+
+	pages = window_of(stream, COPY_WINDOW_PAGES);
+	if (!lz_space_next_missing(arena, space, (uint32_t)number, page, page + 1, 1, &run))
+		return -EUCLEAN; /* the state said missing and the table has it */
+	if (pages > 1 && lz_space_next_missing(arena, space, (uint32_t)number, page, page + pages, pages, &run))
+		pages = run.pages;
+	if (run.kind == LZ_KIND_DUMPED) {
+		uint64_t there = lz_resident_bytes(worker, run.source, run.offset, run.offset + BYTES(run.pages));
+
+		if (!there && *read == LZ_NO_READ) {
+			/* From a disk: somebody else waits for it. With no one free, or after that, we do. */
+			uint64_t block = run.offset & ~(BYTES(ACTIVE_CHUNK_PAGES) - 1);
+			uint64_t end = block + BYTES(ACTIVE_CHUNK_PAGES);
+			uint64_t size = worker->engine->source[run.source].size;
+
+			*read = lz_io_fetch(&worker->engine->io, worker, run.source, block, end < size ? end : size);
+			if (*read != LZ_NO_READ)
+				return -EINPROGRESS;
+		}
+		run.pages = there ? PAGES(there) : 1;
+		pages = run.pages;
+	}
+	stream->next = address + BYTES(pages);
+	result = lz_install_run(worker, task, &run, LZ_BY_FAULT);
+	if (!lz_is_serving(task))
+		return result;
+	/* What is around it goes next: the block it is in, or, in a stream, what follows. */
+	task->near = stream->streak ? stream->next : address & ~(BYTES(16) - 1);
+	if (task->near < region->start)
+		task->near = region->start;
+	return result;
+}
+
+/* Put a fault aside that cannot be answered yet. */
+static void hold_fault(struct lz_worker *worker, struct lz_task *task, uint64_t address, uint64_t since,
+		       uint32_t read)
+{
+	for (uint32_t i = 0; i < worker->pendings; i++) {
+		if (worker->pending[i].task == task && worker->pending[i].address == address && read == LZ_NO_READ)
+			return;
+	}
+	if (worker->pendings == LZ_PENDING && read == LZ_NO_READ) {
+		lz_uffd_wake(task->uffd, address, LZ_PAGE_SIZE); /* it will ask again */
+		return;
+	}
+	worker->pending[worker->pendings++] =
+		(struct lz_pending){ .task = task, .address = address, .since_ns = since, .read = read };
+}
+
+static void record_latency(struct lz_counters *counters, uint64_t ns)
+{
+	uint32_t bucket = (uint32_t)ns;
+
+	if (ns >= 16) {
+		uint32_t exponent = 63U - (uint32_t)__builtin_clzll(ns);
+
+		bucket = 16U * (exponent - 3U) + (uint32_t)(ns >> (exponent - 4U) & 15U);
+		if (bucket >= LZ_LATENCY_BUCKETS)
+			bucket = LZ_LATENCY_BUCKETS - 1;
+	}
+	lz_count(&counters->fault_ns[bucket], 1);
+	lz_count(&counters->fault_ns_sum, ns);
+	if (ns > counters->fault_ns_max)
+		__atomic_store_n(&counters->fault_ns_max, ns, __ATOMIC_RELAXED);
+}
+void lz_fault_answer(struct lz_worker *worker, struct lz_task *task, uint64_t address, uint64_t since,
+			   uint32_t read)
+{
+	const bool was_read = read != LZ_NO_READ;
+	int result;
+
+	if (!lz_is_serving(task))
+		return;
+	if (task->events) {
+		hold_fault(worker, task, address, since, LZ_NO_READ); /* nothing can be installed now */
+		return;
+	}
+	result = answer(worker, task, address, &read);
+	if (!lz_task_outcome(worker, task, result)) {
+		hold_fault(worker, task, address, since, was_read ? LZ_NO_READ : read);
+		return;
+	}
+	if (lz_is_serving(task)) {
+		uint64_t now = lz_now_ns();
+
+		task->fault_ns = now;
+		record_latency(worker->counters, now - since);
+	}
+}
+void lz_fault_retry(struct lz_worker *worker, uint64_t now)
+{
+	uint32_t due = worker->pendings;
+
+	for (uint32_t i = 0; i < due && i < worker->pendings;) {
+		struct lz_pending pending = worker->pending[i];
+
+		if (now < pending.task->unsettled_ns ||
+		    (pending.read != LZ_NO_READ && !lz_io_take(&worker->engine->io, pending.read))) {
+			i++;
+			continue;
+		}
+		worker->pending[i] = worker->pending[--worker->pendings];
+		if (due > worker->pendings)
+			due = worker->pendings;
+		lz_fault_answer(worker, pending.task, pending.address, pending.since_ns, pending.read);
+	}
+}

@@ -1,0 +1,256 @@
+/* SPDX-License-Identifier: MIT */
+/* Background work: handing VMAs back to the kernel, and filling what nobody has asked for yet. */
+#define _GNU_SOURCE
+#include "worker.h"
+
+#include <errno.h>
+#include <sys/mman.h>
+
+#define ACTIVE_NS 1000000U          /* a task that faulted within this time gets small chunks of fill */
+#define IDLE_CHUNK_PAGES 64U
+#define CHUNK_COPIES 16U            /* copies in one chunk, however small */
+#define NEAR_PAGES 2048U            /* how far behind a fault the fill looks before it goes on elsewhere */
+#define RATE_BURST_BYTES (1U << 20)
+#define AHEAD_BYTES (4ULL << 20)    /* read in one request, and this far before the fill needs it */
+
+/* Give a done block back to the kernel. The head of worker.c says why in this order. */
+static void hand_back(struct lz_worker *worker, struct lz_task *task, uint32_t number)
+{
+	struct lz_arena *arena = worker->engine->arena;
+	const struct lz_region *region;
+	uint32_t first, regions;
+	uint64_t start, end;
+
+	if (!lz_space_done_block(arena, &task->space, number, &first, &regions) || regions == task->space.regions)
+		return;
+	start = lz_space_region(arena, &task->space, first)->start;
+	region = lz_space_region(arena, &task->space, first + regions - 1);
+	end = region->start + BYTES(region->pages);
+	if (lz_uffd_settled(task->uffd) < 0)
+		return;
+	/* A VMA that reaches past what we know would be split. */
+	if (lz_uffd_probe(task->uffd, start - LZ_PAGE_SIZE, 2 * LZ_PAGE_SIZE) == -EFAULT ||
+	    lz_uffd_probe(task->uffd, end - LZ_PAGE_SIZE, 2 * LZ_PAGE_SIZE) == -EFAULT)
+		return;
+	LZ_POINT("before-unregister", start);
+	if (lz_uffd_unregister(task->uffd, start, end - start) < 0)
+		return;
+	LZ_POINT("after-unregister", start);
+	if (lz_uffd_settled(task->uffd) < 0) {
+		(void)lz_uffd_register(task->uffd, start, end - start);
+		return;
+	}
+	lz_count(&worker->counters->unregistered_pages, PAGES(end - start));
+	(void)lz_space_unmap(arena, &task->space, start, end); /* ends at region ends: nothing is cut */
+	task->fill_region = 0;
+}
+
+/*
+ * Advance over what is installed already; returns true and the next missing run of the base fill, or false when no
+ * image page of the task is missing.
+ */
+bool lz_fill_next(struct lz_worker *worker, struct lz_task *task, uint64_t most, struct lz_run *run,
+			 uint32_t *number)
+{
+	struct lz_arena *arena = worker->engine->arena;
+
+	for (uint32_t i = task->fill_region; i < task->space.regions; i++) {
+		struct lz_region *region = LZ_AT(arena, struct lz_region, task->space.regions_offset) + i;
+
+		if (region->flags & LZ_REGION_DONE)
+			continue;
+		if (lz_space_next_missing(arena, &task->space, i, region->fill_page, region->pages, most, run)) {
+			region->fill_page = run->page;
+			task->fill_region = i;
+			*number = i;
+			return true;
+		}
+		region->fill_page = region->pages;
+		region->flags |= LZ_REGION_DONE;
+		if (__atomic_load_n(&worker->engine->finished, __ATOMIC_ACQUIRE)) {
+			uint32_t regions = task->space.regions;
+
+			hand_back(worker, task, i);
+			if (task->space.regions != regions)
+				i = UINT32_MAX; /* the numbers have changed: once more from the first */
+		}
+	}
+	return false;
+}
+
+/* The first look after the restore is finished: VMAs without image bytes go back at once. */
+static void hand_back_empty(struct lz_worker *worker, struct lz_task *task)
+{
+	struct lz_arena *arena = worker->engine->arena;
+	struct lz_run run;
+
+	task->handed_back = 1;
+	for (uint32_t i = 0; i < task->space.regions; i++) {
+		struct lz_region *region = LZ_AT(arena, struct lz_region, task->space.regions_offset) + i;
+
+		if (!lz_space_next_missing(arena, &task->space, i, region->fill_page, region->pages, 1, &run))
+			region->flags |= LZ_REGION_DONE;
+	}
+	for (uint32_t i = task->space.regions; i-- > 0;) {
+		if (i < task->space.regions)
+			hand_back(worker, task, i);
+	}
+}
+
+/* Nothing is missing any more: close the uffd, unless a page is held back whose faults must stay blocked. */
+bool lz_fill_done(struct lz_worker *worker, struct lz_task *task)
+{
+	if (task->held_pages)
+		return false;
+	lz_task_end(worker, task, LZ_TASK_FILLED, (struct lz_notice){ .kind = LZ_NOTICE_TASK_FILLED });
+	return true;
+}
+
+/* How many bytes of background fill the rate allows now; UINT64_MAX without a limit. */
+static uint64_t fill_allowance(struct lz_engine *engine, uint64_t now)
+{
+	uint64_t rate = __atomic_load_n(&engine->fill_rate, __ATOMIC_RELAXED), earned, spent;
+
+	if (!rate)
+		return UINT64_MAX;
+	earned = (uint64_t)((double)(now - engine->fill_start_ns) * 1e-9 * (double)rate) + RATE_BURST_BYTES / 16;
+	spent = __atomic_load_n(&engine->fill_spent, __ATOMIC_RELAXED);
+	if (earned > spent + RATE_BURST_BYTES) {
+		/* What an idle time earned is not saved up. */
+		__atomic_compare_exchange_n(&engine->fill_spent, &spent, earned - RATE_BURST_BYTES, false,
+					    __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+		return RATE_BURST_BYTES;
+	}
+	return earned > spent ? earned - spent : 0;
+}
+
+/*
+ * Shorten a run to what is in memory, and have what the fill needs next read ahead. False when nothing of it is there.
+ */
+static bool fetched_for_fill(struct lz_worker *worker, struct lz_run *run, bool in_order)
+{
+	struct lz_io *io = &worker->engine->io;
+	const uint64_t size = worker->engine->source[run->source].size;
+	const uint64_t known = worker->resident_source == run->source ? worker->resident_end : 0;
+	uint64_t end = run->offset + BYTES(run->pages);
+	uint64_t ahead = run->offset + AHEAD_BYTES, there;
+
+	/* A fill in order asks for a window at a time, one that follows random faults for no more than it needs. */
+	if (in_order && end < run->offset + BYTES(RESIDENT_PAGES))
+		end = run->offset + BYTES(RESIDENT_PAGES) < size ? run->offset + BYTES(RESIDENT_PAGES) : size;
+	there = lz_resident_bytes(worker, run->source, run->offset, end);
+	if (!there) {
+		lz_io_ahead(io, worker, run->source, run->offset, ahead < size ? ahead : size);
+		return false;
+	}
+	if (worker->resident_end != known && ahead < size) { /* once a window */
+		unsigned char is_there;
+		const uint8_t *map = worker->engine->source[run->source].map;
+
+		if (!mincore((void *)(uintptr_t)(map + ahead), LZ_PAGE_SIZE, &is_there) && !(is_there & 1))
+			lz_io_ahead(io, worker, run->source, ahead,
+				    ahead + AHEAD_BYTES < size ? ahead + AHEAD_BYTES : size);
+	}
+	if (BYTES(run->pages) > there)
+		run->pages = PAGES(there);
+	return true;
+}
+
+/* One bounded chunk of background fill for a task. True when something was done. */
+static bool fill_task(struct lz_worker *worker, struct lz_task *task, uint64_t now)
+{
+	struct lz_engine *engine = worker->engine;
+	struct lz_arena *arena = engine->arena;
+	uint64_t budget = now - task->fault_ns < ACTIVE_NS ? ACTIVE_CHUNK_PAGES : IDLE_CHUNK_PAGES;
+	uint64_t allowance = fill_allowance(engine, now), filled = 0;
+
+	if (allowance < LZ_PAGE_SIZE)
+		return false;
+	if (budget > PAGES(allowance))
+		budget = PAGES(allowance);
+	for (uint32_t copies = 0; copies < CHUNK_COPIES && filled < budget; copies++) {
+		struct lz_run run;
+		uint32_t number = 0;
+		int64_t near = task->near ? lz_space_find(arena, &task->space, task->near) : -1;
+		bool found = false;
+		int result;
+
+		if (near >= 0) {
+			const struct lz_region *region = lz_space_region(arena, &task->space, (uint32_t)near);
+			uint64_t page = PAGES(task->near - region->start);
+
+			found = lz_space_next_missing(arena, &task->space, (uint32_t)near, page, page + NEAR_PAGES,
+						      budget - filled, &run);
+		}
+		if (!found) {
+			task->near = 0;
+			if (!lz_fill_next(worker, task, budget - filled, &run, &number))
+				return filled > 0 || lz_fill_done(worker, task);
+		}
+		if (run.kind == LZ_KIND_DUMPED && !fetched_for_fill(worker, &run, !task->near))
+			break;
+		result = lz_install_run(worker, task, &run, LZ_BY_FILL);
+		if (!lz_task_outcome(worker, task, result) || !lz_is_serving(task))
+			break;
+		filled += run.pages;
+		if (near >= 0 && task->near)
+			task->near = run.start + BYTES(run.pages);
+	}
+	__atomic_add_fetch(&engine->fill_spent, BYTES(filled), __ATOMIC_RELAXED);
+	lz_count(&worker->counters->fill_ns, lz_now_ns() - now);
+	return filled > 0;
+}
+
+/* With fill off: the block around a fault, and no more. */
+static void fill_around(struct lz_worker *worker, struct lz_task *task)
+{
+	struct lz_arena *arena = worker->engine->arena;
+	uint64_t most = worker->engine->config.fault_around_pages;
+	int64_t number = lz_space_find(arena, &task->space, task->near);
+	struct lz_run run;
+
+	if (number >= 0 && most > 1) {
+		const struct lz_region *region = lz_space_region(arena, &task->space, (uint32_t)number);
+		uint64_t page = PAGES(task->near - region->start), end = page + most;
+
+		for (uint32_t copies = 0; copies < 4; copies++) {
+			if (!lz_space_next_missing(arena, &task->space, (uint32_t)number, page, end, most, &run))
+				break;
+			if (!lz_task_outcome(worker, task, lz_install_run(worker, task, &run, LZ_BY_FAULT)) ||
+			    !lz_is_serving(task))
+				return;
+			page = run.page + run.pages;
+		}
+	}
+	task->near = 0;
+}
+
+/* One round of background work. True when something was done and the next round may do more. */
+bool lz_fill(struct lz_worker *worker, uint64_t now)
+{
+	struct lz_engine *engine = worker->engine;
+	bool full = __atomic_load_n(&engine->fill, __ATOMIC_ACQUIRE) == LZ_FILL_FULL;
+
+	if (!__atomic_load_n(&engine->finished, __ATOMIC_ACQUIRE))
+		return false;
+	for (uint32_t tried = 0; tried < worker->tasks; tried++) {
+		struct lz_task *task = worker->task[(worker->turn + tried) % worker->tasks];
+
+		if (now < task->unsettled_ns)
+			continue;
+		if (task->events)
+			continue;
+		if (!task->handed_back)
+			hand_back_empty(worker, task);
+		if (!full) {
+			if (task->near)
+				fill_around(worker, task);
+			continue;
+		}
+		if (fill_task(worker, task, now)) {
+			worker->turn = worker->tasks ? (worker->turn + tried + 1) % worker->tasks : 0;
+			return true;
+		}
+	}
+	return false;
+}

@@ -1,0 +1,234 @@
+/* SPDX-License-Identifier: MIT */
+/* Putting pages into a task: from a pages image, as zeros, or as poison. */
+#define _GNU_SOURCE
+#include "worker.h"
+
+#include <errno.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+/*
+ * Ask whether a pages image still holds its bytes up to `end`. A page of a mapping that lies beyond the end of its
+ * file raises -EFAULT in COPY; but the rest of the last page of a file that was cut inside a page reads as zeros.
+ */
+static bool source_holds(struct lz_worker *worker, uint16_t number, uint64_t end)
+{
+	struct lz_source *source = &worker->engine->source[number];
+	struct stat status;
+	bool same;
+
+	if (fstat(source->fd, &status) < 0)
+		return false;
+	same = (uint64_t)status.st_size >= source->size && status.st_mtim.tv_sec == source->mtime_s &&
+	       status.st_mtim.tv_nsec == source->mtime_ns;
+	if (!same && !__atomic_exchange_n(&source->told, 1, __ATOMIC_RELAXED))
+		lz_notify(worker, (struct lz_notice){ .kind = LZ_NOTICE_SOURCE_CHANGED,
+						   .source = number,
+						   .value = (uint64_t)status.st_size });
+	return (uint64_t)status.st_size >= end;
+}
+
+/*
+ * Ask how much of a range of a source, from its start, is in memory; 0 when its first page is not.
+ */
+uint64_t lz_resident_bytes(struct lz_worker *worker, uint16_t number, uint64_t start, uint64_t end)
+{
+	const struct lz_source *source = &worker->engine->source[number];
+	unsigned char there[RESIDENT_PAGES];
+	uint64_t pages, known = 0;
+
+	if (worker->resident_source == number && worker->resident_start <= start && start < worker->resident_end)
+		return (end < worker->resident_end ? end : worker->resident_end) - start;
+	/* Small questions are those of faults: nothing says that what follows will be asked. */
+	pages = end - start <= BYTES(ACTIVE_CHUNK_PAGES) ? PAGES(end - start) : RESIDENT_PAGES;
+	if (pages > PAGES(source->size - start + LZ_PAGE_SIZE - 1))
+		pages = PAGES(source->size - start + LZ_PAGE_SIZE - 1);
+	if (mincore((void *)(uintptr_t)(source->map + start), BYTES(pages), there) < 0)
+		return end - start;
+	while (known < pages && there[known] & 1)
+		known++;
+	if (pages == RESIDENT_PAGES && known) {
+		worker->resident_source = number;
+		worker->resident_start = start;
+		worker->resident_end = start + BYTES(known);
+	}
+	return BYTES(known) < end - start ? BYTES(known) : end - start;
+}
+
+static void mark_present(struct lz_worker *worker, struct lz_task *task, uint64_t start, uint64_t pages)
+{
+	lz_space_mark(worker->engine->arena, &task->space, start, pages, LZ_PRESENT);
+}
+
+/*
+ * Poison pages whose bytes cannot be had, and say so. `pages` may be shortened to what one call could do; returns how
+ * many pages are dealt with, or -errno as a COPY would.
+ */
+static int64_t give_up_pages(struct lz_worker *worker, struct lz_task *task, uint64_t start, uint64_t pages,
+			     uint16_t source, int error)
+{
+	struct lz_notice notice = {
+		.kind = LZ_NOTICE_UNREADABLE,
+		.task = task->number,
+		.address = start,
+		.source = source,
+		.error = error,
+	};
+	uint64_t done;
+	int result = lz_uffd_poison(task->uffd, start, BYTES(pages), &done);
+
+	if (result == -EEXIST && !done) {
+		mark_present(worker, task, start, 1);
+		lz_forget_left(task, 1);
+		lz_uffd_wake(task->uffd, start, LZ_PAGE_SIZE);
+		return 1;
+	}
+	if (result == -EINVAL || result == -ENOTTY) {
+		/* A kernel that cannot poison: the page stays missing and its faults blocked. */
+		notice.kind = LZ_NOTICE_HELD;
+		lz_space_mark(worker->engine->arena, &task->space, start, pages, LZ_ASKED);
+		task->held_pages += pages;
+		lz_forget_left(task, pages);
+		done = BYTES(pages);
+	} else if (!done) {
+		return result;
+	} else {
+		mark_present(worker, task, start, PAGES(done));
+		lz_count(&worker->counters->poisoned_pages, PAGES(done));
+		lz_forget_left(task, PAGES(done));
+	}
+	notice.value = PAGES(done);
+	lz_notify(worker, notice);
+	return (int64_t)PAGES(done);
+}
+
+/*
+ * Install a run of missing dumped pages. 0 when every page of it is dealt with; -EAGAIN or -ENOMEM to try again later,
+ * -ESRCH when the memory is gone, other errors when this task cannot be served.
+ */
+int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct lz_run *run, enum lz_cause cause)
+{
+	struct lz_source *source = &worker->engine->source[run->source];
+	struct lz_counters *counters = worker->counters;
+	uint64_t start = run->start, offset = run->offset, left = run->pages, most = run->pages;
+	uint64_t readable = run->pages;
+
+	if (run->kind != LZ_KIND_DUMPED)
+		return give_up_pages(worker, task, start, left, run->source, -EOPNOTSUPP) < 0 ? -EAGAIN : 0;
+	if (!source_holds(worker, run->source, offset + BYTES(left))) {
+		struct stat status;
+		uint64_t size = fstat(source->fd, &status) < 0 ? 0 : (uint64_t)status.st_size;
+
+		readable = size > offset ? PAGES(size - offset) : 0;
+		if (readable > left)
+			readable = left;
+	}
+	while (left) {
+		uint64_t pages = left < most ? left : most, done;
+		int result;
+
+		if (!readable) {
+			int64_t given = give_up_pages(worker, task, start, left, run->source, -ENODATA);
+
+			if (given < 0)
+				return (int)given;
+			start += BYTES(given);
+			left -= (uint64_t)given;
+			continue;
+		}
+		if (pages > readable)
+			pages = readable;
+		LZ_POINT("before-copy", start);
+		result = lz_uffd_copy(task->uffd, start, source->map + offset, BYTES(pages), &done);
+		if (done) {
+			lz_task_settle(task);
+			mark_present(worker, task, start, PAGES(done));
+			lz_forget_left(task, PAGES(done));
+			lz_count(cause == LZ_BY_FAULT ? &counters->fault_copied_pages : &counters->fill_copied_pages,
+			      PAGES(done));
+			if (!source_holds(worker, run->source, offset + done))
+				lz_notify(worker, (struct lz_notice){ .kind = LZ_NOTICE_SUSPECT,
+								   .task = task->number,
+								   .address = start,
+								   .value = PAGES(done),
+								   .source = run->source });
+			start += done;
+			offset += done;
+			left -= PAGES(done);
+			readable -= PAGES(done);
+			continue; /* after a partial copy the next call tells why it stopped */
+		}
+		switch (result) {
+		case -EEXIST:
+			/* The restorer filled it. Its faults, if any, were not woken. */
+			lz_task_settle(task);
+			mark_present(worker, task, start, 1);
+			lz_forget_left(task, 1);
+			lz_count(&counters->present_pages, 1);
+			lz_uffd_wake(task->uffd, start, LZ_PAGE_SIZE);
+			break;
+		case -ENOENT:
+			if (pages > 1) { /* the range crosses the end of a VMA: an mprotect has split it */
+				most = pages / 2;
+				continue;
+			}
+			/* Not registered with us: whoever touches it does not wait for us. */
+			lz_task_settle(task);
+			mark_present(worker, task, start, 1);
+			lz_forget_left(task, 1);
+			lz_uffd_wake(task->uffd, start, LZ_PAGE_SIZE);
+			break;
+		case -EFAULT: {
+			int64_t given = give_up_pages(worker, task, start, 1, run->source, -EIO);
+
+			if (given < 0)
+				return (int)given;
+			break;
+		}
+		case -ENOSPC:
+			return -ESRCH;
+		default:
+			return result;
+		}
+		start += LZ_PAGE_SIZE;
+		offset += LZ_PAGE_SIZE;
+		left--;
+		readable--;
+	}
+	return 0;
+}
+
+/* Map zeros over [start, start + pages): the first page surely, the rest as far as it goes. As install_run. */
+int lz_install_zeros(struct lz_worker *worker, struct lz_task *task, uint64_t start, uint64_t pages)
+{
+	for (;;) {
+		uint64_t done;
+		int result;
+
+		LZ_POINT("before-zero", start);
+		result = lz_uffd_zero(task->uffd, start, BYTES(pages), &done);
+		if (done) {
+			lz_task_settle(task);
+			mark_present(worker, task, start, PAGES(done));
+			lz_count(&worker->counters->zero_pages, PAGES(done));
+			return 0;
+		}
+		if (result == -EEXIST) {
+			lz_task_settle(task);
+			mark_present(worker, task, start, 1);
+			lz_count(&worker->counters->present_pages, 1);
+			lz_uffd_wake(task->uffd, start, LZ_PAGE_SIZE);
+			return 0;
+		}
+		if (result == -ENOENT && pages > 1) {
+			pages /= 2;
+			continue;
+		}
+		if (result == -ENOENT) {
+			/* Unmapped or handed back: the thread finds out by itself. */
+			lz_uffd_wake(task->uffd, start, LZ_PAGE_SIZE);
+			return 0;
+		}
+		return result == -ENOSPC ? -ESRCH : result;
+	}
+}
