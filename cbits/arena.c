@@ -8,7 +8,7 @@
  * system, and the next user finds zeros) and kept for a request of the same size: what comes and goes here are the
  * tables of forks, whose sizes repeat. Not on the fault path; one lock guards it.
  */
-#define _GNU_SOURCE
+#define _GNU_SOURCE 1
 #include "arena.h"
 
 #include <assert.h>

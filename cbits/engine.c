@@ -5,7 +5,7 @@
  * Threads: everything here may be called from one controlling thread; the workers share with it only atomics, the
  * notices (one lock, never taken on the way of a page that is well) and the inbox of new tasks.
  */
-#define _GNU_SOURCE
+#define _GNU_SOURCE 1
 #include "engine.h"
 #include "uffd.h"
 

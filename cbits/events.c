@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Reading the queue of a task and applying layout events: what each does to what we know. Their order: layout.h. */
-#define _GNU_SOURCE
+#define _GNU_SOURCE 1
 #include "worker.h"
 
 #include <errno.h>

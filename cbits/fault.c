@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Answering faults: what a page is, how much beside it comes with it, and what waits. */
-#define _GNU_SOURCE
+#define _GNU_SOURCE 1
 #include "worker.h"
 
 #include <errno.h>

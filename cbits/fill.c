@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Background work: handing VMAs back to the kernel, and filling what nobody has asked for yet. */
-#define _GNU_SOURCE
+#define _GNU_SOURCE 1
 #include "worker.h"
 
 #include <errno.h>

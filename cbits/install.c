@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Putting pages into a task: from a pages image, as zeros, or as poison. */
-#define _GNU_SOURCE
+#define _GNU_SOURCE 1
 #include "worker.h"
 
 #include <errno.h>

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* The life of a task in its worker: from its uffd to one of its ends. */
-#define _GNU_SOURCE
+#define _GNU_SOURCE 1
 #include "worker.h"
 
 #include <assert.h>

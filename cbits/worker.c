@@ -28,7 +28,7 @@
  * - Closing a uffd lets every waiting thread and every later fault read zeros. So it is closed only when no image
  *   page is missing, when the memory is gone, or after every missing page was poisoned.
  */
-#define _GNU_SOURCE
+#define _GNU_SOURCE 1
 #include "worker.h"
 
 #include <errno.h>

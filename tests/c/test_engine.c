@@ -7,7 +7,7 @@
  * function of its image address, written into a memfd that plays the pages image. The engine is built with
  * -DLZ_TEST_POINTS: lz_point below stops a worker at a point until the test lets it go.
  */
-#define _GNU_SOURCE
+#define _GNU_SOURCE 1
 #include "../../cbits/abi.h"
 #include "../../cbits/lz.h"
 
