@@ -43,7 +43,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
 
 class Settings(NamedTuple):
-    """What one restore is to be like. `fill_rate` is bytes a second, 0: no limit; `workers` 0: by the cores."""
+    """What one restore is to be like. `fill_rate`: bytes a second, 0: no limit; `workers` 0: by the cores."""
 
     images: Path
     dialect: str

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: MIT
+"""Run lazyd against skeleton.c: a made up checkpoint, a real userfaultfd, no CRIU.
+
+A daemon is started in one of two ways: as the command that users type, or, for races that are run hundreds of times,
+as a fork of this process that has everything imported already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from images_builder import Entry, Task, build_checkpoint
+
+PAGE = 4096
+BASE = 0x10_0000_0000
+PID = 100
+TIMEOUT_S = 60.0
+STRESS = max(1, int(os.environ.get("LAZYD_STRESS", "1")))
+SOURCE = Path(__file__).with_name("skeleton.c")
+
+
+class Run(NamedTuple):
+    """Dumped pages: with a stride only every stride-th page, each an entry of its own."""
+
+    start: int
+    pages: int
+    stride: int = 1
+
+
+class Vma(NamedTuple):
+    """A lazy VMA and what of it is dumped; the rest is in no entry."""
+
+    start: int
+    pages: int
+    dumped: Sequence[Run] = ()
+    prefilled: Sequence[Run] = ()
+    """Dumped, but filled by the restorer."""
+
+
+def full(start: int, pages: int) -> Vma:
+    """A VMA that is dumped whole."""
+    return Vma(start, pages, [Run(start, pages)])
+
+
+def sparse(start: int, pages: int, stride: int) -> Vma:
+    """A VMA with every stride-th page dumped."""
+    return Vma(start, pages, [Run(start, pages, stride)])
+
+
+def compile_skeleton(target: Path) -> Path:
+    """Compile skeleton.c."""
+    words = ["gcc", "-std=gnu11", "-O2", "-g", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-Wconversion"]
+    subprocess.run([*words, "-pthread", "-o", str(target), str(SOURCE)], check=True)
+    return target
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = TIMEOUT_S) -> None:
+    """Wait for a condition; raise AssertionError that says what was waited for."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"waited {seconds:g} s for {what}")
+        time.sleep(0.001)
+
+
+def task_state(pid: int) -> str:
+    """The state letter of /proc/PID/stat; "" if there is none."""
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/{pid}/stat").read_text()
+        return text[text.rindex(")") + 2]
+    return ""
+
+
+class Daemon:
+    """A daemon on its way to an exit code."""
+
+    def __init__(self, pid: int, work: Path) -> None:
+        self.pid = pid
+        self.work = work
+        self._code: int | None = None
+
+    @property
+    def output(self) -> str:
+        """What it has said on stderr."""
+        return (self.work / "daemon.out").read_text(errors="replace")
+
+    def poll(self) -> int | None:
+        """The exit code, or None as long as it runs."""
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._code = os.waitstatus_to_exitcode(status)
+        return self._code
+
+    def wait(self, seconds: float = TIMEOUT_S) -> int:
+        """The exit code."""
+        wait_until(lambda: self.poll() is not None, f"the daemon to end; it said:\n{self.output}", seconds)
+        assert self._code is not None
+        return self._code
+
+    def wait_for_line(self, text: str) -> None:
+        """Wait until it has said something."""
+        wait_until(lambda: text in self.output, f"{text!r} from the daemon; it said:\n{self.output}")
+
+    def kill(self, number: signal.Signals) -> None:
+        """Send it a signal; it has not been reaped."""
+        assert self._code is None
+        os.kill(self.pid, number)
+
+    def close(self) -> None:
+        """End it, whatever it is doing."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+
+
+class Skeleton:
+    """A running skeleton; its forks are in its process group."""
+
+    def __init__(self, command: Sequence[str], work: Path) -> None:
+        self._process = subprocess.Popen(
+            command,
+            cwd=work,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        """Its pid."""
+        return self._process.pid
+
+    def go_on(self) -> None:
+        """Let it past an await."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"\n")
+        self._process.stdin.flush()
+
+    def heard(self, word: str) -> None:
+        """Read one line, which must be this."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().decode()
+        assert line == f"{word}\n", line + self._process.stdout.read().decode()
+
+    def wait(self, seconds: float = TIMEOUT_S) -> tuple[int, str]:
+        """Its exit code and what else it has said."""
+        output, _ = self._process.communicate(timeout=seconds)
+        return self._process.returncode, output.decode()
+
+    def close(self) -> None:
+        """Kill it and all that it has forked."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+
+class Stage:
+    """One test's folder, with everything that must be ended when it is over."""
+
+    def __init__(self, skeleton: Path, folder: Path) -> None:
+        self.skeleton = skeleton
+        self.folder = folder
+        self.work = folder / "work"
+        self.images = folder / "images"
+        self.work.mkdir(exist_ok=True)
+        self._running = contextlib.ExitStack()
+
+    def close(self) -> None:
+        """End what runs."""
+        self._running.close()
+
+    def build(self, tasks: dict[int, Sequence[Vma]], *, zombies: Sequence[int] = ()) -> Path:
+        """Write the checkpoint of some tasks."""
+        made = []
+        for pid, vmas in tasks.items():
+            entries = []
+            for run in sorted(run for vma in vmas for run in (*vma.dumped, *vma.prefilled)):
+                data = pattern(self.skeleton, *run)
+                if run.stride == 1:
+                    entries.append(Entry(run.start, run.pages, data=data))
+                    continue
+                for number, page in enumerate(range(0, run.pages, run.stride)):
+                    one = data[number * PAGE : (number + 1) * PAGE]
+                    entries.append(Entry(run.start + page * PAGE, 1, data=one))
+            ranges = [{"start": vma.start, "end": vma.start + vma.pages * PAGE} for vma in vmas]
+            made.append(Task(pid, entries, vmas=ranges))
+        made += [Task(pid, zombie=True) for pid in zombies]
+        return build_checkpoint(self.images, made)
+
+    def start_daemon(self, *words: str, listening: bool = True) -> Daemon:
+        """Start `lazyd` as a fork of this process and wait until it listens."""
+        reading, writing = os.pipe()
+        arguments = ["-D", str(self.images), "-W", str(self.work), "--status-fd", str(writing), *words]
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            self._be_daemon(arguments)
+        os.close(writing)
+        return self._await_daemon(pid, reading, listening=listening)
+
+    def start_command(self, *words: str, listening: bool = True) -> Daemon:
+        """Start the `lazyd` that users start and wait until it listens."""
+        reading, writing = os.pipe()
+        command = [sys.executable, "-m", "lazyd", "lazy-pages", "-D", str(self.images), "-W", str(self.work)]
+        with (self.work / "daemon.out").open("wb") as out:
+            process = subprocess.Popen(
+                [*command, "--status-fd", str(writing), *words], stderr=out, stdout=out, pass_fds=[writing]
+            )
+        process.returncode = 0  # reaped by Daemon
+        os.close(writing)
+        return self._await_daemon(process.pid, reading, listening=listening)
+
+    def _be_daemon(self, arguments: list[str]) -> None:
+        code = 99
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # pytest-timeout's
+            out = os.open(self.work / "daemon.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+            sys.stdout = os.fdopen(1, "w")
+            sys.stderr = os.fdopen(2, "w")
+            for number in (signal.SIGINT, signal.SIGALRM):
+                signal.signal(number, signal.SIG_DFL)
+            from lazyd.cli import main  # noqa: PLC0415  imported already; named here for the fork's sake
+
+            code = main(arguments)
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+
+    def _await_daemon(self, pid: int, reading: int, *, listening: bool) -> Daemon:
+        daemon = Daemon(pid, self.work)
+        self._running.callback(daemon.close)
+        with open(reading, "rb", buffering=0) as pipe:  # noqa: PTH123  a descriptor
+            status = pipe.read(1)
+        assert (status == b"\0") is listening, daemon.output
+        return daemon
+
+    def start_skeleton(self, *steps: str) -> Skeleton:
+        """Start a skeleton in the work directory."""
+        skeleton = Skeleton([str(self.skeleton), *steps], self.work)
+        self._running.callback(skeleton.close)
+        return skeleton
+
+    def restore(
+        self,
+        vmas: Sequence[Vma],
+        steps: Sequence[str],
+        *words: str,
+        before: Sequence[str] = (),
+        code: int = 0,
+    ) -> Daemon:
+        """Serve one task that does `before`, is restored, and does `steps`; hold both to their exit codes."""
+        self.build({PID: vmas})
+        daemon = self.start_daemon(*words)
+        skeleton = self.start_skeleton(*hand_over(vmas, PID), *before, "finish", "hangup", *steps)
+        try:
+            result = skeleton.wait()
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the skeleton hangs; the daemon said:\n{daemon.output}") from None
+        assert result == (0, "ok\n"), f"{result}\n{daemon.output}"
+        skeleton.close()
+        assert daemon.wait() == code, daemon.output
+        return daemon
+
+    def statistics(self) -> dict:
+        """What --stats wrote."""
+        return json.loads((self.folder / "stats.json").read_text())
+
+
+@functools.lru_cache(maxsize=16)
+def pattern(skeleton: Path, start: int, pages: int, stride: int) -> bytes:
+    """The bytes of image pages."""
+    command = [str(skeleton), "pattern", str(start), str(pages), str(stride)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+
+
+def memory(vmas: Sequence[Vma]) -> list[str]:
+    """The steps that map what a checkpoint holds."""
+    steps: list[str] = []
+    for vma in vmas:
+        steps += ["vma", hex(vma.start), str(vma.pages)]
+        for run in vma.dumped:
+            steps += ["dumped", hex(run.start), str(run.pages), str(run.stride)]
+        for run in vma.prefilled:
+            steps += ["prefill", hex(run.start), str(run.pages)]
+    return steps
+
+
+def hand_over(vmas: Sequence[Vma], pid: int) -> list[str]:
+    """The steps of a restorer up to "finish"."""
+    return [*memory(vmas), "open", "connect", "announce", str(pid)]
