@@ -1,18 +1,16 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * A load of redis GETs: getload PORT KEYS REQUESTS SIZE
+ * A load of redis GETs: getload SOCKET KEYS REQUESTS SIZE
  *
- * Asks for keys key:0 … key:KEYS-1 in random order, DEPTH requests in flight on one connection, and prints the seconds
- * until the first answer and until the last, both from its start. Connecting is retried for as long as nobody listens.
+ * Asks for keys key:0 ... key:KEYS-1 in random order, DEPTH requests in flight on one connection, and prints the
+ * seconds until the first answer and until the last, both from its start. Connecting is retried while nobody listens.
  */
-#include <arpa/inet.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -25,16 +23,14 @@ static double now(void)
 	return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 
-static int dial(int port)
+static int dial(const char *path)
 {
-	struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
-	to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	struct sockaddr_un to = {.sun_family = AF_UNIX};
+	snprintf(to.sun_path, sizeof(to.sun_path), "%s", path);
 	for (int attempt = 0; attempt < 100000; attempt++) {
-		int fd = socket(AF_INET, SOCK_STREAM, 0), one = 1;
-		if (connect(fd, (struct sockaddr *)&to, sizeof(to)) == 0) {
-			setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+		int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+		if (connect(fd, (struct sockaddr *)&to, sizeof(to)) == 0)
 			return fd;
-		}
 		close(fd);
 		usleep(200);
 	}
@@ -48,7 +44,7 @@ int main(int argc, char **argv)
 	double begin = now(), first = 0;
 	uint64_t keys = (uint64_t)atol(argv[2]), state = 88172645463325252ULL;
 	long requests = atol(argv[3]), size = atol(argv[4]), sent = 0, answered = 0;
-	int fd = dial(atoi(argv[1])), head;
+	int fd = dial(argv[1]), head;
 	char header[32];
 	head = snprintf(header, sizeof(header), "$%ld\r\n", size);
 	size_t answer = (size_t)head + (size_t)size + 2, held = 0, room = 4 * DEPTH * answer;
