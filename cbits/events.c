@@ -27,8 +27,6 @@ static void apply_fork(struct lz_worker *worker, struct lz_task *task, int uffd)
 		.uffd = uffd,
 		.status = LZ_TASK_SERVING,
 		.worker = worker->number,
-		.image_pages = task->left_pages,
-		.left_pages = task->left_pages,
 		.handed_back = task->handed_back,
 	};
 	struct lz_task *child = NULL;
@@ -37,6 +35,15 @@ static void apply_fork(struct lz_worker *worker, struct lz_task *task, int uffd)
 	lz_count(&worker->counters->forks, 1);
 	result = lz_space_fork(engine->arena, &task->space, &like.space);
 	if (!result) {
+		like.left_pages = task->left_pages;
+		for (uint32_t i = 0; i < task->space.regions; i++) {
+			const struct lz_region *region = lz_space_region(engine->arena, &task->space, i);
+
+			if (region->flags & LZ_REGION_WIPED_ON_FORK)
+				like.left_pages -= lz_space_count_missing(engine->arena, &task->space, region->start,
+									  region->start + BYTES(region->pages));
+		}
+		like.image_pages = like.left_pages;
 		result = lz_engine_add_task(engine, &like, &child);
 		if (result)
 			lz_space_drop(engine->arena, &like.space);

@@ -84,10 +84,9 @@ static int answer(struct lz_worker *worker, struct lz_task *task, uint64_t addre
 	image_address = region->image_start + (address - region->start);
 	state = lz_space_state(arena, space, address);
 	if (state == LZ_PRESENT) {
-		/* Another thread's fault brought it, between the fault and its message. */
-		lz_count(&worker->counters->present_pages, 1);
-		lz_uffd_wake(task->uffd, address, LZ_PAGE_SIZE);
-		return 0;
+		/* Another thread's fault brought it between this fault and its message; ZEROPAGE says -EEXIST then and
+		 * wakes. Or it is not there, in memory that a fork has wiped: zeros are what it holds. */
+		return lz_install_zeros(worker, task, address, 1);
 	}
 	if (state == LZ_ASKED)
 		return 0; /* held back: nothing can be given */

@@ -41,7 +41,7 @@ enum lz_kind {
  */
 struct lz_extent {
 	uint64_t start;    /* image address, page-aligned */
-	uint64_t offset;   /* bytes into the source's pages image; 0 unless LZ_KIND_DUMPED */
+	uint64_t offset;   /* bytes into the source's pages image; LZ_KIND_BROKEN: level of the chain; else 0 */
 	uint32_t pages;    /* > 0 */
 	uint16_t source;   /* index into the list of pages images; 0 unless LZ_KIND_DUMPED */
 	uint8_t kind;      /* enum lz_kind */
@@ -167,6 +167,7 @@ enum lz_state {
 struct lz_vma {
 	uint64_t start; /* image address; also the run address at the time of the handshake */
 	uint64_t end;
+	uint32_t flags; /* LZ_REGION_WIPED_ON_FORK or 0 */
 };
 
 /* A run of a task's address space that the engine serves. Regions are sorted by start and disjoint. */
@@ -181,7 +182,8 @@ struct lz_region {
 };
 
 enum lz_region_flags {
-	LZ_REGION_DONE = 1, /* no image page of it is missing */
+	LZ_REGION_DONE = 1,          /* no image page of it is missing */
+	LZ_REGION_WIPED_ON_FORK = 2, /* MADV_WIPEONFORK: the child of a fork has zeros here, and no event says so */
 };
 
 /*
@@ -222,7 +224,9 @@ void lz_arena_free(struct lz_arena *arena);
  */
 int lz_space_init(struct lz_arena *arena, struct lz_space *space, const struct lz_extent *extents, uint64_t count,
 		  const struct lz_vma *vmas, uint32_t vma_count);
-/* Make a copy for the child of a fork: same regions and states, the table shared. */
+/*
+ * Make a copy for the child of a fork: same regions and states, the table shared; what is wiped on fork is removed.
+ */
 int lz_space_fork(struct lz_arena *arena, const struct lz_space *parent, struct lz_space *child);
 void lz_space_drop(struct lz_arena *arena, struct lz_space *space);
 

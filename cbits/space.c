@@ -142,6 +142,7 @@ int lz_space_init(struct lz_arena *arena, struct lz_space *space, const struct l
 			.pages = (vmas[i].end - vmas[i].start) >> LZ_PAGE_SHIFT,
 			.image_start = vmas[i].start,
 			.state_index = pages,
+			.flags = vmas[i].flags & LZ_REGION_WIPED_ON_FORK,
 		};
 		pages += regions[i].pages;
 	}
@@ -172,6 +173,13 @@ int lz_space_fork(struct lz_arena *arena, const struct lz_space *parent, struct 
 
 		memcpy(&states_of(arena, &copy)[first], &states_of(arena, parent)[first],
 		       (last - first + 1) * sizeof(uint64_t));
+	}
+	/* After the copy: neighbours share words. */
+	for (uint32_t i = 0; i < copy.regions; i++) {
+		const struct lz_region *region = &regions_of(arena, &copy)[i];
+
+		if (region->flags & LZ_REGION_WIPED_ON_FORK)
+			states_set(states_of(arena, &copy), region->state_index, region->pages, LZ_REMOVED);
 	}
 	*child = copy;
 	return 0;

@@ -35,7 +35,7 @@ from lazyd.image import Checkpoint, Kind, load
 from lazyd.report import Log, Moments, Outcome, Progress
 from lazyd.restore_socket import SOCKET_NAME, Connection, Event, Finished, HungUp, Listener, TaskUffd, Zombie
 from lazyd.target import Target, descendants, find_run_pid, waits_for_userfaults
-from lazyd.uffd import Engine, Fill, Notice, NoticeKind, TaskInfo, TaskStatus
+from lazyd.uffd import Engine, Fill, Notice, NoticeKind, OnFork, Served, TaskInfo, TaskStatus
 from lazyd.units import PAGE_SIZE, human_bytes
 
 SECOND_SIGNAL_S = 5.0
@@ -127,7 +127,11 @@ class Session:
             if task.is_zombie:
                 self._zombies.add(task.pid)
                 continue
-            ranges = [(vma.start, vma.end) for vma in task.vmas if vma.is_lazy]
+            ranges = [
+                Served(vma.start, vma.end, OnFork.ZEROS if vma.is_wiped_on_fork else OnFork.COPY)
+                for vma in task.vmas
+                if vma.is_lazy
+            ]
             number = self._engine.prepare(task.pid, task.extents.buffer, ranges)
             self._tasks[task.pid] = number
             pages += self._engine.task(number).image_pages

@@ -40,6 +40,7 @@ KNOWN_VERSIONS = (1, 2)
 MAP_PRIVATE = 0x02
 MAP_ANONYMOUS = 0x20
 MAP_LOCKED = 0x2000
+MADV_WIPEONFORK = 18  # include/uapi/asm-generic/mman-common.h
 MAP_HUGETLB = 0x40000
 
 # Bits of a VMA's status.
@@ -93,6 +94,11 @@ class Vma(NamedTuple):
             and not self.flags & (MAP_LOCKED | MAP_HUGETLB)
             and not self.status & (VMA_VDSO | VMA_VVAR | VMA_VSYSCALL)
         )
+
+    @property
+    def is_wiped_on_fork(self) -> bool:
+        """Say whether the child of a fork finds zeros here: criu keeps advice as a mask, one bit a number."""
+        return bool(self.madv >> MADV_WIPEONFORK & 1)
 
     @property
     def kind(self) -> str:

@@ -53,6 +53,21 @@ class TaskStatus(enum.IntEnum):
     FAILED = lib.LZ_TASK_FAILED
 
 
+class OnFork(enum.IntEnum):
+    """What the child of a fork finds in a range."""
+
+    COPY = 0
+    ZEROS = lib.LZ_REGION_WIPED_ON_FORK
+
+
+class Served(NamedTuple):
+    """A range to serve, in image addresses."""
+
+    start: int
+    end: int
+    on_fork: OnFork = OnFork.COPY
+
+
 class Notice(NamedTuple):
     """One thing worth telling. `address` is a run address, `error` a negative errno or 0."""
 
@@ -140,8 +155,8 @@ class Engine:
         """Map a pages image and return its number; the descriptor stays the caller's."""
         return _check("mmap of a pages image", lib.lz_engine_add_source(self._engine, fd))
 
-    def prepare(self, image_pid: int, extents: memoryview, vmas: Sequence[tuple[int, int]]) -> int:
-        """Load a task's table and served ranges (image addresses) and return its number.
+    def prepare(self, image_pid: int, extents: memoryview, vmas: Sequence[Served]) -> int:
+        """Load a task's table and served ranges and return its number.
 
         `extents` holds rows of `struct lz_extent`; they are checked and copied.
         """
