@@ -76,7 +76,7 @@ class Client:
 
 
 def start(path: Path) -> int:
-    """Start an empty server that keeps nothing on disk, in its own session; return its pid once it answers."""
+    """Start an empty server in its own session, nothing on disk; return its pid once it answers."""
     command, environment = server_command()
     options = ["--port", "0", "--unixsocket", str(path), "--save", "", "--appendonly", "no"]
     options += ["--enable-debug-command", "local", "--daemonize", "no"]
