@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * The program that scripts/bench restores: bench DIR sweep MIB STRIDE random|ordered
- *                                          bench DIR fresh MIB
+ *                                          bench DIR fresh MIB IMAGE_MIB
  *
  * It prepares its memory, creates DIR/ready and polls for DIR/go. Then it times itself, access by access, and writes
  * one JSON object to DIR/result. sweep reads every used page once: every STRIDE-th of MIB is used. fresh writes to
  * MIB of memory that it had before the dump and never touched, half of it heap, half of it inside a mapping that has
- * used pages at both ends.
+ * used pages at both ends; IMAGE_MIB of used memory beside it keep the daemon at work meanwhile.
  *
  * An access longer than SLOW_NS counts as a fault that somebody served. Latencies go into buckets of a sixteenth of an
  * octave, so that a percentile is exact to about 4 %.
@@ -148,8 +148,11 @@ static void sweep(size_t length, size_t stride, bool random)
 	report(now_ns() - begin, count);
 }
 
-static void fresh(size_t length)
+static void fresh(size_t length, size_t used_length)
 {
+	char *used = map(used_length);
+	for (size_t at = 0; at < used_length; at += PAGE)
+		*(uint64_t *)(used + at) = word_of(used + at);
 	size_t half = length / 2;
 	char *heap = sbrk(0);
 	heap = (char *)(((uintptr_t)heap + PAGE - 1) & ~(uintptr_t)(PAGE - 1));
@@ -174,6 +177,8 @@ static void fresh(size_t length)
 	for (int part = 0; part < 2; part++)
 		for (size_t at = 8; at < half; at += PAGE)
 			wrong += *(uint64_t *)(parts[part] + at) != 0;
+	for (size_t at = 0; at < used_length; at += PAGE)
+		wrong += *(uint64_t *)(used + at) != word_of(used + at);
 	report(spent, length / PAGE);
 }
 
@@ -185,8 +190,8 @@ int main(int argc, char **argv)
 	size_t length = (size_t)atol(argv[3]) << 20;
 	if (strcmp(argv[2], "sweep") == 0 && argc == 6)
 		sweep(length, (size_t)atol(argv[4]), strcmp(argv[5], "random") == 0);
-	else if (strcmp(argv[2], "fresh") == 0)
-		fresh(length);
+	else if (strcmp(argv[2], "fresh") == 0 && argc == 5)
+		fresh(length, (size_t)atol(argv[4]) << 20);
 	else
 		return 2;
 	return 0;
