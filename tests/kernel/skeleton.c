@@ -91,6 +91,7 @@ struct world {
 	unsigned areas;
 	unsigned number;
 	unsigned children;
+	bool split; /* an mprotect may have split VMAs for good: mremap over the cut is EFAULT, with any daemon */
 	uint64_t random;
 	uint64_t fresh;
 	int pipe[2];
@@ -596,6 +597,9 @@ static void storm_one(struct world *world, unsigned depth)
 	} else if (what < 60) {
 		void *start = (void *)(area->start + page * PAGE);
 
+		if (seed % 2)
+			return;
+		world->split = true;
 		check(!mprotect(start, pages * PAGE, PROT_READ), "mprotect");
 		check_page(area, page);
 		check(!mprotect(start, pages * PAGE, PROT_READ | PROT_WRITE), "mprotect");
@@ -638,13 +642,17 @@ static void storm_one(struct world *world, unsigned depth)
 			to = fresh_range(world, grown);
 			result = mremap((void *)area->start, area->pages * PAGE, grown * PAGE,
 					MREMAP_MAYMOVE | MREMAP_FIXED, (void *)to);
+			if (result == MAP_FAILED && errno == EFAULT && world->split)
+				return;
 			check(result == (void *)to, "mremap to grow and move");
 		} else {
 			to = area->start;
 			result = mremap((void *)area->start, area->pages * PAGE, grown * PAGE, 0);
-			if (result == MAP_FAILED && errno == ENOMEM)
+			if (result == MAP_FAILED && (errno == ENOMEM || (errno == EFAULT && world->split)))
 				return; /* something is behind it */
 			check(result == (void *)to, "mremap to grow in place");
+			if (world->fresh < to + (grown + 1) * PAGE && to >= FRESH_BASE)
+				world->fresh = to + (grown + 1) * PAGE;
 		}
 		pages = area->pages;
 		struct expect *expect = cut(world, number, 0, pages);
