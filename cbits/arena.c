@@ -27,13 +27,18 @@ struct lz_block {
 	uint64_t bytes;
 };
 
-struct lz_arena {
-	uint8_t *base;
-	int fd;
-	pthread_mutex_t lock;
+/* What the next process that maps the arena must know; at its start. */
+struct lz_arena_head {
 	uint64_t used;
 	uint32_t free_blocks;
 	struct lz_block free_block[LZ_ARENA_FREE_BLOCKS];
+};
+
+struct lz_arena {
+	uint8_t *base;
+	struct lz_arena_head *head;
+	int fd;
+	pthread_mutex_t lock;
 };
 
 /* Whole pages for anything that is worth punching out again, cache lines for the rest. */
@@ -53,7 +58,6 @@ struct lz_arena *lz_arena_new(int *error)
 		return NULL;
 	}
 	pthread_mutex_init(&arena->lock, NULL);
-	arena->used = LZ_PAGE_SIZE; /* offset 0 means none */
 	arena->fd = memfd_create("lazyd-arena", MFD_CLOEXEC);
 	if (arena->fd < 0) {
 		*error = -errno;
@@ -69,6 +73,8 @@ struct lz_arena *lz_arena_new(int *error)
 		*error = -errno;
 		goto fail;
 	}
+	arena->head = (struct lz_arena_head *)(void *)arena->base;
+	arena->head->used = sizeof(*arena->head); /* so offset 0 means none */
 	return arena;
 fail:
 	close(arena->fd);
@@ -100,20 +106,20 @@ uint64_t lz_arena_alloc(struct lz_arena *arena, uint64_t bytes)
 		return 0;
 	bytes = block_bytes(bytes);
 	pthread_mutex_lock(&arena->lock);
-	for (uint32_t i = 0; i < arena->free_blocks; i++) {
-		if (arena->free_block[i].bytes == bytes) {
-			offset = arena->free_block[i].offset;
-			arena->free_block[i] = arena->free_block[--arena->free_blocks];
+	for (uint32_t i = 0; i < arena->head->free_blocks; i++) {
+		if (arena->head->free_block[i].bytes == bytes) {
+			offset = arena->head->free_block[i].offset;
+			arena->head->free_block[i] = arena->head->free_block[--arena->head->free_blocks];
 			break;
 		}
 	}
 	if (!offset) {
 		uint64_t unit = bytes >= LZ_PAGE_SIZE ? LZ_PAGE_SIZE : 64;
-		uint64_t start = (arena->used + unit - 1) & ~(unit - 1);
+		uint64_t start = (arena->head->used + unit - 1) & ~(unit - 1);
 
 		if (start + bytes <= LZ_ARENA_BYTES) {
 			offset = start;
-			arena->used = start + bytes;
+			arena->head->used = start + bytes;
 		}
 	}
 	pthread_mutex_unlock(&arena->lock);
@@ -132,7 +138,7 @@ void lz_arena_release(struct lz_arena *arena, uint64_t offset, uint64_t bytes)
 		__builtin_memset(arena->base + offset, 0, bytes);
 	}
 	pthread_mutex_lock(&arena->lock);
-	if (arena->free_blocks < LZ_ARENA_FREE_BLOCKS)
-		arena->free_block[arena->free_blocks++] = (struct lz_block){ offset, bytes };
+	if (arena->head->free_blocks < LZ_ARENA_FREE_BLOCKS)
+		arena->head->free_block[arena->head->free_blocks++] = (struct lz_block){ offset, bytes };
 	pthread_mutex_unlock(&arena->lock);
 }

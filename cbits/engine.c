@@ -6,12 +6,13 @@
  * notices (one lock, never taken on the way of a page that is well) and the inbox of new tasks.
  */
 #define _GNU_SOURCE 1
-#include "engine.h"
-#include "uffd.h"
+#include "worker.h"
 
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -19,6 +20,7 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -46,6 +48,7 @@ static void raise_descriptor_limit(void)
 struct lz_engine *lz_engine_new(const struct lz_config *config, int *error)
 {
 	struct lz_engine *engine;
+	uint64_t shared;
 
 	if (!config->workers || config->workers > LZ_MAX_WORKERS || config->fill > LZ_FILL_FULL) {
 		*error = -EINVAL;
@@ -57,8 +60,6 @@ struct lz_engine *lz_engine_new(const struct lz_config *config, int *error)
 		return NULL;
 	}
 	engine->config = *config;
-	engine->fill = config->fill;
-	engine->fill_rate = config->fill_rate;
 	engine->notify = -1;
 	lz_io_init(&engine->io, engine);
 	pthread_mutex_init(&engine->lock, NULL);
@@ -74,9 +75,12 @@ struct lz_engine *lz_engine_new(const struct lz_config *config, int *error)
 	if (!engine->arena)
 		goto fail;
 	*error = -ENOMEM;
-	engine->tasks_offset = lz_arena_alloc(engine->arena, LZ_MAX_TASKS * sizeof(uint64_t));
-	if (!engine->tasks_offset)
+	shared = lz_arena_alloc(engine->arena, sizeof(struct lz_shared));
+	if (!shared)
 		goto fail;
+	engine->shared = LZ_AT(engine->arena, struct lz_shared, shared);
+	engine->shared->fill = config->fill;
+	engine->shared->fill_rate = config->fill_rate;
 	engine->notify = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (engine->notify < 0) {
 		*error = -errno;
@@ -86,14 +90,16 @@ struct lz_engine *lz_engine_new(const struct lz_config *config, int *error)
 	for (uint32_t i = 0; i < config->workers; i++) {
 		struct lz_worker *worker = &engine->worker[i];
 		uint64_t counters = lz_arena_alloc(engine->arena, sizeof(struct lz_counters));
+		uint64_t flight = lz_arena_alloc(engine->arena, sizeof(struct lz_flight));
 		struct epoll_event event = { .events = EPOLLIN };
 
 		engine->workers = i + 1;
 		worker->engine = engine;
 		worker->number = i;
 		pthread_mutex_init(&worker->inbox_lock, NULL);
-		if (!counters)
+		if (!counters || !flight)
 			goto fail;
+		worker->flight = LZ_AT(engine->arena, struct lz_flight, flight);
 		worker->counters = LZ_AT(engine->arena, struct lz_counters, counters);
 		worker->epoll = epoll_create1(EPOLL_CLOEXEC);
 		worker->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -148,12 +154,12 @@ int lz_engine_add_task(struct lz_engine *engine, const struct lz_task *like, str
 	if (!offset)
 		return -ENOMEM;
 	pthread_mutex_lock(&engine->lock);
-	if (engine->tasks < LZ_MAX_TASKS) {
+	if (engine->shared->tasks < LZ_MAX_TASKS) {
 		*task = LZ_AT(engine->arena, struct lz_task, offset);
 		**task = *like;
-		(*task)->number = engine->tasks;
-		LZ_AT(engine->arena, uint64_t, engine->tasks_offset)[engine->tasks] = offset;
-		__atomic_store_n(&engine->tasks, engine->tasks + 1, __ATOMIC_RELEASE);
+		(*task)->number = engine->shared->tasks;
+		engine->shared->task_offset[engine->shared->tasks] = offset;
+		__atomic_store_n(&engine->shared->tasks, engine->shared->tasks + 1, __ATOMIC_RELEASE);
 		result = 0;
 	}
 	pthread_mutex_unlock(&engine->lock);
@@ -162,12 +168,16 @@ int lz_engine_add_task(struct lz_engine *engine, const struct lz_task *like, str
 	return result;
 }
 
+static struct lz_task *nth_task(struct lz_engine *engine, uint32_t number)
+{
+	return LZ_AT(engine->arena, struct lz_task, engine->shared->task_offset[number]);
+}
+
 struct lz_task *lz_engine_task_at(struct lz_engine *engine, uint32_t number)
 {
-	if (number >= __atomic_load_n(&engine->tasks, __ATOMIC_ACQUIRE))
+	if (number >= __atomic_load_n(&engine->shared->tasks, __ATOMIC_ACQUIRE))
 		return NULL;
-	return LZ_AT(engine->arena, struct lz_task,
-		     LZ_AT(engine->arena, uint64_t, engine->tasks_offset)[number]);
+	return nth_task(engine, number);
 }
 
 int lz_engine_prepare(struct lz_engine *engine, int image_pid, const struct lz_extent *extents, uint64_t count,
@@ -252,15 +262,12 @@ static void wake_workers(struct lz_engine *engine)
 		lz_engine_wake_worker(&engine->worker[i]);
 }
 
-int lz_engine_attach(struct lz_engine *engine, uint32_t number, int uffd, int run_pid)
+/* Put a task into its worker's inbox. */
+static int hand_over(struct lz_engine *engine, struct lz_task *task)
 {
-	struct lz_task *task = lz_engine_task_at(engine, number);
-	struct lz_worker *worker;
+	struct lz_worker *worker = &engine->worker[task->worker];
 	int result = 0;
 
-	if (!task || task->status != LZ_TASK_PREPARED || task->uffd >= 0)
-		return -EINVAL;
-	worker = &engine->worker[number % engine->workers];
 	pthread_mutex_lock(&worker->inbox_lock);
 	if (worker->inbox_count == worker->inbox_capacity) {
 		uint32_t capacity = worker->inbox_capacity ? 2 * worker->inbox_capacity : 64;
@@ -274,11 +281,7 @@ int lz_engine_attach(struct lz_engine *engine, uint32_t number, int uffd, int ru
 		}
 	}
 	if (!result) {
-		task->uffd = uffd;
-		task->run_pid = run_pid;
-		task->worker = worker->number;
 		__atomic_store_n(&task->status, LZ_TASK_SERVING, __ATOMIC_RELEASE);
-		__atomic_add_fetch(&engine->attached, 1, __ATOMIC_RELAXED);
 		worker->inbox[worker->inbox_count] = task;
 		__atomic_store_n(&worker->inbox_count, worker->inbox_count + 1, __ATOMIC_RELEASE);
 	}
@@ -288,17 +291,99 @@ int lz_engine_attach(struct lz_engine *engine, uint32_t number, int uffd, int ru
 	return result;
 }
 
+int lz_engine_attach(struct lz_engine *engine, uint32_t number, int uffd, int run_pid)
+{
+	struct lz_task *task = lz_engine_task_at(engine, number);
+	int result;
+
+	if (!task || task->status != LZ_TASK_PREPARED || task->uffd >= 0)
+		return -EINVAL;
+	task->uffd = uffd;
+	task->run_pid = run_pid;
+	task->worker = number % engine->workers;
+	result = hand_over(engine, task);
+	if (result < 0)
+		task->uffd = -1;
+	return result;
+}
+
+int lz_engine_resume(struct lz_engine *engine)
+{
+	uint32_t tasks = __atomic_load_n(&engine->shared->tasks, __ATOMIC_ACQUIRE);
+	int served = 0;
+
+	for (uint32_t i = 0; i < engine->workers; i++) {
+		struct lz_flight *flight = engine->worker[i].flight;
+		struct lz_task *task = lz_engine_task_at(engine, flight->task);
+
+		for (uint32_t k = 0; k < LZ_MESSAGES; k++) {
+			if (task && flight->message[k].event && task->status == LZ_TASK_SERVING)
+				lz_events_recover(task, &flight->message[k]);
+			flight->message[k].event = 0;
+		}
+		if (flight->handing_task) {
+			/* Nobody knows whether something was moved there meanwhile. */
+			task = lz_engine_task_at(engine, flight->handing_task - 1);
+			if (task->status == LZ_TASK_SERVING)
+				(void)lz_uffd_register(task->uffd, flight->handing_start,
+						       flight->handing_end - flight->handing_start);
+			flight->handing_task = 0;
+		}
+	}
+	for (uint32_t i = 0; i < tasks; i++) {
+		struct lz_task *task = nth_task(engine, i);
+		int result;
+
+		if (task->status != LZ_TASK_SERVING)
+			continue;
+		if (task->applying) {
+			/* What it has is not known any more. Its uffd stays open: its faults block. */
+			task->status = LZ_TASK_FAILED;
+			lz_engine_notify(engine, &(struct lz_notice){ .kind = LZ_NOTICE_UNKNOWN, .task = i });
+			continue;
+		}
+		task->near = 0;
+		task->unsettled_ns = 0;
+		task->left_pages = 0;
+		for (uint32_t r = 0; r < task->space.regions; r++) {
+			const struct lz_region *region = lz_space_region(engine->arena, &task->space, r);
+
+			task->left_pages += lz_space_count_missing(engine->arena, &task->space, region->start,
+								   region->start + (region->pages << LZ_PAGE_SHIFT));
+		}
+		result = hand_over(engine, task);
+		if (result < 0)
+			return result;
+		/* Faults that were read and not answered are asked again. */
+		(void)lz_uffd_wake(task->uffd, LZ_USER_START, LZ_USER_END - LZ_USER_START);
+		served++;
+	}
+	return served;
+}
+
 void lz_engine_finish_restore(struct lz_engine *engine)
 {
-	engine->fill_start_ns = lz_now_ns();
-	__atomic_store_n(&engine->finished, 1, __ATOMIC_RELEASE);
+	engine->shared->fill_start_ns = lz_now_ns();
+	__atomic_store_n(&engine->shared->finished, 1, __ATOMIC_RELEASE);
 	wake_workers(engine);
+}
+
+int lz_engine_is_finished(struct lz_engine *engine)
+{
+	return (int)__atomic_load_n(&engine->shared->finished, __ATOMIC_ACQUIRE);
+}
+
+int lz_fork_keeping_fds(void)
+{
+	long child = syscall(SYS_clone, CLONE_FILES | SIGCHLD, NULL, NULL, NULL, NULL);
+
+	return child < 0 ? -errno : (int)child;
 }
 
 void lz_engine_hurry(struct lz_engine *engine)
 {
-	__atomic_store_n(&engine->fill_rate, 0, __ATOMIC_RELEASE);
-	__atomic_store_n(&engine->fill, LZ_FILL_FULL, __ATOMIC_RELEASE);
+	__atomic_store_n(&engine->shared->fill_rate, 0, __ATOMIC_RELEASE);
+	__atomic_store_n(&engine->shared->fill, LZ_FILL_FULL, __ATOMIC_RELEASE);
 	wake_workers(engine);
 }
 
@@ -338,8 +423,8 @@ void lz_engine_free(struct lz_engine *engine)
 		free(worker->inbox);
 		pthread_mutex_destroy(&worker->inbox_lock);
 	}
-	for (uint32_t i = 0; i < engine->tasks; i++) {
-		struct lz_task *task = lz_engine_task_at(engine, i);
+	for (uint32_t i = 0; engine->shared && i < engine->shared->tasks; i++) {
+		struct lz_task *task = nth_task(engine, i);
 
 		if (task->uffd >= 0)
 			close(task->uffd);
@@ -407,7 +492,7 @@ int lz_engine_next_notice(struct lz_engine *engine, struct lz_notice *notice)
 
 void lz_engine_totals(struct lz_engine *engine, struct lz_totals *totals)
 {
-	uint32_t tasks = __atomic_load_n(&engine->tasks, __ATOMIC_ACQUIRE);
+	uint32_t tasks = __atomic_load_n(&engine->shared->tasks, __ATOMIC_ACQUIRE);
 
 	memset(totals, 0, sizeof(*totals));
 	for (uint32_t i = 0; i < engine->workers; i++) {
@@ -436,7 +521,7 @@ void lz_engine_totals(struct lz_engine *engine, struct lz_totals *totals)
 			totals->fault_ns_max = __atomic_load_n(&from->fault_ns_max, __ATOMIC_RELAXED);
 	}
 	for (uint32_t i = 0; i < tasks; i++) {
-		const struct lz_task *task = lz_engine_task_at(engine, i);
+		const struct lz_task *task = nth_task(engine, i);
 		uint32_t status = __atomic_load_n(&task->status, __ATOMIC_ACQUIRE);
 
 		totals->image_pages += task->image_pages;

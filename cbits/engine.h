@@ -3,6 +3,7 @@
 #ifndef LZ_ENGINE_H
 #define LZ_ENGINE_H
 
+#include "abi.h"
 #include "io.h"
 #include "layout.h"
 #include "space.h"
@@ -15,6 +16,7 @@
 #define LZ_STREAMS 8U
 #define LZ_PENDING 8192U
 #define LZ_NOTICES 4096U
+#define LZ_MESSAGES 64U
 
 /* A place in the address space that faults move forward from. */
 struct lz_stream {
@@ -47,6 +49,7 @@ struct lz_task {
 	uint64_t watched_ns;    /* when its unsettled layout was last looked at */
 	struct lz_event event[LZ_BATCH]; /* read, not applied yet: see layout.h */
 	uint32_t events;
+	uint32_t applying;      /* its space is being changed: after a crash it cannot be trusted */
 	uint32_t handed_back;   /* regions were looked at for what can go back to the kernel at once */
 	struct lz_stream stream[LZ_STREAMS];
 };
@@ -78,6 +81,7 @@ struct lz_counters {
 struct lz_worker {
 	struct lz_engine *engine;
 	struct lz_counters *counters;
+	struct lz_flight *flight;
 	pthread_t thread;
 	bool running;
 	int epoll;
@@ -99,19 +103,35 @@ struct lz_worker {
 	struct lz_task **inbox;
 };
 
+/*
+ * What a worker is in the middle of, in the arena: if this process dies, the next one goes on from here. A message is
+ * read into it and cleared once it is kept or applied.
+ */
+struct lz_flight {
+	uint32_t task; /* whose messages these are */
+	struct uffd_msg message[LZ_MESSAGES];
+	uint32_t handing_task; /* plus 1: being handed back, not known to be safe yet */
+	uint64_t handing_start;
+	uint64_t handing_end;
+};
+
+/* The engine's state that outlives a process, in the arena. */
+struct lz_shared {
+	uint32_t tasks;    /* atomic */
+	uint32_t finished; /* atomic: the restore is finished */
+	uint32_t fill;     /* atomic enum lz_fill */
+	uint64_t fill_rate; /* atomic */
+	uint64_t fill_start_ns;
+	uint64_t fill_spent; /* atomic: bytes filled since then */
+	uint64_t task_offset[LZ_MAX_TASKS]; /* of struct lz_task */
+};
+
 struct lz_engine {
 	struct lz_config config;
 	struct lz_arena *arena;
-	uint64_t tasks_offset; /* uint64_t[LZ_MAX_TASKS]: offsets of struct lz_task */
-	uint32_t tasks;        /* atomic */
-	uint32_t attached;     /* tasks that were ever served; atomic */
-	uint32_t finished;     /* atomic: the restore is finished */
+	struct lz_shared *shared;
 	uint32_t stopping;     /* atomic: workers are to end */
 	uint32_t abandoning;   /* atomic: and poison what is missing */
-	uint32_t fill;         /* atomic enum lz_fill */
-	uint64_t fill_rate;    /* atomic */
-	uint64_t fill_start_ns;
-	uint64_t fill_spent;   /* atomic: bytes filled since then */
 	pthread_mutex_t lock;  /* sources, tasks */
 	struct lz_source *source;
 	uint32_t sources;

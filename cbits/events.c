@@ -7,7 +7,6 @@
 #include <string.h>
 #include <unistd.h>
 
-#define MESSAGES 64U
 #define WATCH_NS 10000U             /* looks closer together than this miss nothing (layout.h, overlapped) */
 
 static void drop_range(struct lz_worker *worker, struct lz_task *task, uint64_t start, uint64_t end)
@@ -51,7 +50,6 @@ static void apply_fork(struct lz_worker *worker, struct lz_task *task, int uffd)
 	if (!result)
 		result = lz_task_adopt(worker, child);
 	if (!result) {
-		__atomic_add_fetch(&engine->attached, 1, __ATOMIC_RELAXED);
 		lz_notify(worker, (struct lz_notice){ .kind = LZ_NOTICE_FORKED,
 						   .task = child->number,
 						   .value = task->number });
@@ -124,6 +122,8 @@ void lz_events_apply(struct lz_worker *worker, struct lz_task *task)
 
 	lz_layout_order(task->event, count, registered, &question, order);
 	memcpy(batch, task->event, sizeof(batch));
+	__atomic_store_n(&task->applying, 1, __ATOMIC_RELEASE);
+	LZ_POINT("events-applying", 0);
 	task->events = 0;
 	worker->outstanding--;
 	task->fill_region = 0;
@@ -135,34 +135,63 @@ void lz_events_apply(struct lz_worker *worker, struct lz_task *task)
 		else if (batch[order[i]].event == UFFD_EVENT_FORK) /* no longer known what it has: it waits for ever */
 			lz_notify(worker, (struct lz_notice){ .kind = LZ_NOTICE_HELD, .task = task->number });
 	}
+	__atomic_store_n(&task->applying, 0, __ATOMIC_RELEASE);
+}
+
+/* What a message says, as an event; false for one that is not a layout event. */
+static bool event_of(const struct uffd_msg *message, struct lz_event *event)
+{
+	*event = (struct lz_event){ .event = message->event, .uffd = -1 };
+	switch (message->event) {
+	case UFFD_EVENT_FORK:
+		event->uffd = (int)message->arg.fork.ufd;
+		return true;
+	case UFFD_EVENT_REMAP:
+		event->start = message->arg.remap.from;
+		event->end = event->start + message->arg.remap.len;
+		event->to = message->arg.remap.to;
+		return true;
+	case UFFD_EVENT_REMOVE:
+	case UFFD_EVENT_UNMAP:
+		event->start = message->arg.remove.start;
+		event->end = message->arg.remove.end;
+		return true;
+	default:
+		return false;
+	}
+}
+
+void lz_events_recover(struct lz_task *task, const struct uffd_msg *message)
+{
+	const struct lz_event *last = task->events ? &task->event[task->events - 1] : NULL;
+	struct lz_event event;
+
+	if (!event_of(message, &event) || task->applying)
+		return; /* a fault asks again; a space that is not known needs no events */
+	if (last && last->event == event.event && last->start == event.start && last->end == event.end &&
+	    last->to == event.to && last->uffd == event.uffd)
+		return; /* kept already, and its message not cleared yet */
+	if (task->events == LZ_BATCH)
+		task->applying = 1; /* no room to keep it */
+	else
+		task->event[task->events++] = event;
 }
 
 static void keep_event(struct lz_worker *worker, struct lz_task *task, const struct uffd_msg *message, uint64_t now)
 {
-	struct lz_event event = { .event = message->event, .uffd = -1 };
+	struct lz_event event;
 
 	LZ_POINT("event-read", message->event);
-	switch (message->event) {
-	case UFFD_EVENT_FORK:
-		event.uffd = (int)message->arg.fork.ufd;
-		event.overlapped = task->events && now - task->watched_ns < WATCH_NS;
-		break;
-	case UFFD_EVENT_REMAP:
-		event.start = message->arg.remap.from;
-		event.end = event.start + message->arg.remap.len;
-		event.to = message->arg.remap.to;
-		lz_count(&worker->counters->remaps, 1);
-		break;
-	case UFFD_EVENT_REMOVE:
-	case UFFD_EVENT_UNMAP:
-		event.start = message->arg.remove.start;
-		event.end = message->arg.remove.end;
-		lz_count(message->event == UFFD_EVENT_REMOVE ? &worker->counters->removes : &worker->counters->unmaps, 1);
-		break;
-	default:
+	if (!event_of(message, &event)) {
 		lz_task_fail(worker, task, -EPROTO);
 		return;
 	}
+	if (event.event == UFFD_EVENT_FORK)
+		event.overlapped = task->events && now - task->watched_ns < WATCH_NS;
+	else if (event.event == UFFD_EVENT_REMAP)
+		lz_count(&worker->counters->remaps, 1);
+	else
+		lz_count(event.event == UFFD_EVENT_REMOVE ? &worker->counters->removes : &worker->counters->unmaps, 1);
 	if (task->events == LZ_BATCH)
 		lz_events_apply(worker, task);
 	if (!lz_is_serving(task))
@@ -171,7 +200,9 @@ static void keep_event(struct lz_worker *worker, struct lz_task *task, const str
 		worker->outstanding++;
 	if (!task->events || now - task->watched_ns < WATCH_NS)
 		task->watched_ns = now;
-	task->event[task->events++] = event;
+	task->event[task->events] = event;
+	__atomic_store_n(&task->events, task->events + 1, __ATOMIC_RELEASE);
+	LZ_POINT("event-kept", message->event);
 }
 
 /*
@@ -180,12 +211,16 @@ static void keep_event(struct lz_worker *worker, struct lz_task *task, const str
  */
 uint32_t lz_events_read(struct lz_worker *worker, struct lz_task *task, uint64_t *faults, uint32_t room)
 {
-	struct uffd_msg message[MESSAGES];
+	struct uffd_msg aside[LZ_MESSAGES]; /* called while messages are being looked at: the task is ending */
+	struct uffd_msg *message = faults ? worker->flight->message : aside;
 	uint32_t found = 0;
+
+	if (faults)
+		worker->flight->task = task->number;
 
 	while (lz_is_serving(task)) {
 		uint64_t before = lz_now_ns();
-		ssize_t got = read(task->uffd, message, sizeof(message));
+		ssize_t got = read(task->uffd, message, sizeof(aside));
 
 		if (got < 0 && errno == EINTR)
 			continue;
@@ -201,12 +236,14 @@ uint32_t lz_events_read(struct lz_worker *worker, struct lz_task *task, uint64_t
 			break;
 		}
 		for (uint32_t i = 0; i < (size_t)got / sizeof(message[0]) && lz_is_serving(task); i++) {
-			if (message[i].event != UFFD_EVENT_PAGEFAULT) {
-				keep_event(worker, task, &message[i], before);
-				continue;
-			}
 			uint64_t address = message[i].arg.pagefault.address & ~(LZ_PAGE_SIZE - 1);
+			bool is_fault = message[i].event == UFFD_EVENT_PAGEFAULT;
 
+			if (!is_fault)
+				keep_event(worker, task, &message[i], before);
+			__atomic_store_n(&message[i].event, 0, __ATOMIC_RELEASE);
+			if (!is_fault)
+				continue;
 			lz_count(&worker->counters->faults, 1);
 			if (found < room)
 				faults[found++] = address;

@@ -20,6 +20,7 @@ static void hand_back(struct lz_worker *worker, struct lz_task *task, uint32_t n
 	const struct lz_region *region;
 	uint32_t first, regions;
 	uint64_t start, end;
+	bool done;
 
 	if (!lz_space_done_block(arena, &task->space, number, &first, &regions) || regions == task->space.regions)
 		return;
@@ -33,15 +34,22 @@ static void hand_back(struct lz_worker *worker, struct lz_task *task, uint32_t n
 	    lz_uffd_probe(task->uffd, end - LZ_PAGE_SIZE, 2 * LZ_PAGE_SIZE) == -EFAULT)
 		return;
 	LZ_POINT("before-unregister", start);
-	if (lz_uffd_unregister(task->uffd, start, end - start) < 0)
-		return;
+	worker->flight->handing_start = start;
+	worker->flight->handing_end = end;
+	__atomic_store_n(&worker->flight->handing_task, task->number + 1, __ATOMIC_RELEASE);
+	done = !lz_uffd_unregister(task->uffd, start, end - start);
 	LZ_POINT("after-unregister", start);
-	if (lz_uffd_settled(task->uffd) < 0) {
+	if (done && lz_uffd_settled(task->uffd) < 0) {
 		(void)lz_uffd_register(task->uffd, start, end - start);
-		return;
+		done = false;
 	}
+	__atomic_store_n(&worker->flight->handing_task, 0, __ATOMIC_RELEASE);
+	if (!done)
+		return;
 	lz_count(&worker->counters->unregistered_pages, PAGES(end - start));
+	task->applying = 1;
 	(void)lz_space_unmap(arena, &task->space, start, end); /* ends at region ends: nothing is cut */
+	__atomic_store_n(&task->applying, 0, __ATOMIC_RELEASE);
 	task->fill_region = 0;
 }
 
@@ -67,7 +75,7 @@ bool lz_fill_next(struct lz_worker *worker, struct lz_task *task, uint64_t most,
 		}
 		region->fill_page = region->pages;
 		region->flags |= LZ_REGION_DONE;
-		if (__atomic_load_n(&worker->engine->finished, __ATOMIC_ACQUIRE)) {
+		if (__atomic_load_n(&worker->engine->shared->finished, __ATOMIC_ACQUIRE)) {
 			uint32_t regions = task->space.regions;
 
 			hand_back(worker, task, i);
@@ -109,15 +117,15 @@ bool lz_fill_done(struct lz_worker *worker, struct lz_task *task)
 /* How many bytes of background fill the rate allows now; UINT64_MAX without a limit. */
 static uint64_t fill_allowance(struct lz_engine *engine, uint64_t now)
 {
-	uint64_t rate = __atomic_load_n(&engine->fill_rate, __ATOMIC_RELAXED), earned, spent;
+	uint64_t rate = __atomic_load_n(&engine->shared->fill_rate, __ATOMIC_RELAXED), earned, spent;
 
 	if (!rate)
 		return UINT64_MAX;
-	earned = (uint64_t)((double)(now - engine->fill_start_ns) * 1e-9 * (double)rate) + RATE_BURST_BYTES / 16;
-	spent = __atomic_load_n(&engine->fill_spent, __ATOMIC_RELAXED);
+	earned = (uint64_t)((double)(now - engine->shared->fill_start_ns) * 1e-9 * (double)rate) + RATE_BURST_BYTES / 16;
+	spent = __atomic_load_n(&engine->shared->fill_spent, __ATOMIC_RELAXED);
 	if (earned > spent + RATE_BURST_BYTES) {
 		/* What an idle time earned is not saved up. */
-		__atomic_compare_exchange_n(&engine->fill_spent, &spent, earned - RATE_BURST_BYTES, false,
+		__atomic_compare_exchange_n(&engine->shared->fill_spent, &spent, earned - RATE_BURST_BYTES, false,
 					    __ATOMIC_RELAXED, __ATOMIC_RELAXED);
 		return RATE_BURST_BYTES;
 	}
@@ -196,7 +204,7 @@ static bool fill_task(struct lz_worker *worker, struct lz_task *task, uint64_t n
 		if (near >= 0 && task->near)
 			task->near = run.start + BYTES(run.pages);
 	}
-	__atomic_add_fetch(&engine->fill_spent, BYTES(filled), __ATOMIC_RELAXED);
+	__atomic_add_fetch(&engine->shared->fill_spent, BYTES(filled), __ATOMIC_RELAXED);
 	lz_count(&worker->counters->fill_ns, lz_now_ns() - now);
 	return filled > 0;
 }
@@ -229,9 +237,9 @@ static void fill_around(struct lz_worker *worker, struct lz_task *task)
 bool lz_fill(struct lz_worker *worker, uint64_t now)
 {
 	struct lz_engine *engine = worker->engine;
-	bool full = __atomic_load_n(&engine->fill, __ATOMIC_ACQUIRE) == LZ_FILL_FULL;
+	bool full = __atomic_load_n(&engine->shared->fill, __ATOMIC_ACQUIRE) == LZ_FILL_FULL;
 
-	if (!__atomic_load_n(&engine->finished, __ATOMIC_ACQUIRE))
+	if (!__atomic_load_n(&engine->shared->finished, __ATOMIC_ACQUIRE))
 		return false;
 	for (uint32_t tried = 0; tried < worker->tasks; tried++) {
 		struct lz_task *task = worker->task[(worker->turn + tried) % worker->tasks];

@@ -141,6 +141,7 @@ int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct 
 		LZ_POINT("before-copy", start);
 		result = lz_uffd_copy(task->uffd, start, source->map + offset, BYTES(pages), &done);
 		if (done) {
+			LZ_POINT("after-copy", start);
 			lz_task_settle(task);
 			mark_present(worker, task, start, PAGES(done));
 			lz_forget_left(task, PAGES(done));

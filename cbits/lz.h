@@ -20,6 +20,7 @@
 /* What depends on the architecture. x86-64: 4 KiB pages, user space ends one guard page below 2^47. */
 #if defined(__x86_64__)
 #define LZ_PAGE_SHIFT 12
+#define LZ_USER_START 0x10000ULL /* vm.mmap_min_addr as it ships */
 #define LZ_USER_END 0x7ffffffff000ULL
 #else
 #error "lazyd: name this architecture's page size and end of user space here"
@@ -272,6 +273,7 @@ enum lz_notice_kind {
 	LZ_NOTICE_SOURCE_CHANGED = 6,  /* the pages image (source) was written or cut while it was served */
 	LZ_NOTICE_TASK_FAILED = 7,     /* the task cannot be served any more: error why; its missing pages are poisoned */
 	LZ_NOTICE_LOST = 8,            /* value notices were dropped because nobody read them */
+	LZ_NOTICE_UNKNOWN = 10, /* this task's layout was being changed when a process died: only its faults block; kill it */
 	LZ_NOTICE_SUSPECT = 9,         /* pages at address may have been installed from a source that was cut meanwhile */
 };
 
@@ -338,6 +340,19 @@ int lz_engine_prepare(struct lz_engine *engine, int image_pid, const struct lz_e
 		      const struct lz_vma *vmas, uint32_t vma_count);
 /* Start the workers. */
 int lz_engine_start(struct lz_engine *engine);
+/*
+ * In a copy of this process that shares its descriptors (lz_fork_keeping_fds) and was made before lz_engine_start:
+ * take up the tasks that the process which ran the workers served when it died. Before lz_engine_start. Returns how
+ * many, or -errno.
+ */
+int lz_engine_resume(struct lz_engine *engine);
+/* Whether the restore was said to be finished, by this process or by the one before. */
+int lz_engine_is_finished(struct lz_engine *engine);
+/*
+ * Fork a child that shares this process's table of descriptors: what one opens or receives the other has, and what is
+ * open stays open until both are gone. Only while there is one thread. Returns as fork does, or -errno.
+ */
+int lz_fork_keeping_fds(void);
 /* Give a prepared task its uffd (ownership passes on success) and its pid as seen from here (0: not known). */
 int lz_engine_attach(struct lz_engine *engine, uint32_t task, int uffd, int run_pid);
 /* The restore is finished: every range is registered, background fill may start. */

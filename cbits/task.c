@@ -27,10 +27,13 @@ int lz_task_adopt(struct lz_worker *worker, struct lz_task *task)
 		worker->task = list;
 		worker->task_capacity = capacity;
 	}
-	if (epoll_ctl(worker->epoll, EPOLL_CTL_ADD, task->uffd, &event) < 0)
+	/* A process that is dead may have added it: the epoll instance is one of the descriptors we share. */
+	if (epoll_ctl(worker->epoll, EPOLL_CTL_ADD, task->uffd, &event) < 0 &&
+	    (errno != EEXIST || epoll_ctl(worker->epoll, EPOLL_CTL_MOD, task->uffd, &event) < 0))
 		return -errno;
 	task->backoff_ns = FIRST_BACKOFF_NS;
 	task->empty_ns = lz_now_ns();
+	worker->outstanding += task->events > 0; /* kept by a process that is dead */
 	worker->task[worker->tasks++] = task;
 	return 0;
 }
@@ -61,7 +64,7 @@ void lz_task_end(struct lz_worker *worker, struct lz_task *task, enum lz_task_st
 
 void lz_task_gone(struct lz_worker *worker, struct lz_task *task)
 {
-	if (task->events)
+	if (task->events && !task->applying)
 		lz_events_apply(worker, task); /* a child that it forked lives on */
 	if (!lz_is_serving(task))
 		return;
@@ -140,7 +143,7 @@ void lz_task_fail(struct lz_worker *worker, struct lz_task *task, int error)
 {
 	int64_t missed;
 
-	if (task->events)
+	if (task->events && !task->applying)
 		lz_events_apply(worker, task);
 	if (!lz_is_serving(task))
 		return;

@@ -5,11 +5,28 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* No process has anything mapped here: vm.mmap_min_addr is 64 KiB, and nobody maps page 1 by accident. */
-#define UNREADABLE LZ_PAGE_SIZE
+#define UNREADABLE_BYTES (2 * LZ_PAGE_SIZE) /* as long as a probe is */
+
+/* An address of ours that cannot be read. Addresses below vm.mmap_min_addr will not do: they are -EINVAL. */
+static const void *unreadable(uint64_t length)
+{
+	static const void *page;
+
+	if (length > UNREADABLE_BYTES)
+		return NULL;
+	if (!__atomic_load_n(&page, __ATOMIC_ACQUIRE)) {
+		void *none = mmap(NULL, UNREADABLE_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+		if (none == MAP_FAILED)
+			return NULL;
+		__atomic_store_n(&page, none, __ATOMIC_RELEASE); /* two at once: one is lost, and no harm done */
+	}
+	return page;
+}
 
 /* errno of a failed ioctl whose result field holds `field`. */
 static int failure(int64_t field, uint64_t *done)
@@ -82,14 +99,15 @@ int lz_uffd_unregister(int uffd, uint64_t start, uint64_t length)
 
 int lz_uffd_probe(int uffd, uint64_t start, uint64_t length)
 {
+	const void *source = unreadable(length);
 	uint64_t done;
 
-	return lz_uffd_copy(uffd, start, (const void *)(uintptr_t)UNREADABLE, length, &done);
+	return source ? lz_uffd_copy(uffd, start, source, length, &done) : -ENOMEM;
 }
 
 int lz_uffd_settled(int uffd)
 {
-	int result = lz_uffd_probe(uffd, UNREADABLE, LZ_PAGE_SIZE);
+	int result = lz_uffd_probe(uffd, LZ_USER_END - LZ_PAGE_SIZE, LZ_PAGE_SIZE);
 
 	return result == -EAGAIN || result == -ESRCH ? result : result == -ENOSPC ? -ESRCH : 0;
 }

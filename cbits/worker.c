@@ -78,7 +78,7 @@ static void serve_outstanding(struct lz_worker *worker, uint64_t now)
 static void probe_tasks(struct lz_worker *worker, uint64_t now)
 {
 	uint64_t interval = PROBE_NS * (1 + worker->tasks / 64);
-	bool finished = __atomic_load_n(&worker->engine->finished, __ATOMIC_ACQUIRE);
+	bool finished = __atomic_load_n(&worker->engine->shared->finished, __ATOMIC_ACQUIRE);
 
 	for (uint32_t i = worker->tasks; i-- > 0;) {
 		struct lz_task *task = worker->task[i];
@@ -118,7 +118,7 @@ static void take_inbox(struct lz_worker *worker)
 /* How long nothing can be due. */
 static uint64_t idle_ns(struct lz_worker *worker, uint64_t now)
 {
-	uint64_t rate = __atomic_load_n(&worker->engine->fill_rate, __ATOMIC_RELAXED);
+	uint64_t rate = __atomic_load_n(&worker->engine->shared->fill_rate, __ATOMIC_RELAXED);
 	uint64_t until = now + 1000000000ULL;
 
 	for (uint32_t i = 0; i < worker->tasks; i++) {

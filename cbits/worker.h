@@ -80,6 +80,9 @@ bool lz_events_settle(struct lz_worker *worker, struct lz_task *task);
 /* Apply them now. */
 void lz_events_apply(struct lz_worker *worker, struct lz_task *task);
 
+/* Keep an event that was read by a process that is dead; before any worker runs. */
+void lz_events_recover(struct lz_task *task, const struct uffd_msg *message);
+
 /* fill.c */
 /* One round of background work. True when something was done and the next round may do more. */
 bool lz_fill(struct lz_worker *worker, uint64_t now);

@@ -61,17 +61,23 @@ struct control {
 	struct slot slot[THREADS];
 	struct slot child; /* commands to the last forked child */
 	volatile int ready, child_pid;
-	volatile int uffd_error;
+	volatile char die_at[32]; /* the named point at which the process that serves is killed */
+	volatile uint64_t die_address;
 };
 
 static struct control *control;
-static pid_t victim;
+static pid_t victim, server;
 static struct lz_engine *engine;
 
 static void end_victim(void)
 {
 	if (control && control->child_pid > 0)
 		kill(control->child_pid, SIGKILL);
+	if (server > 0) {
+		kill(server, SIGKILL);
+		waitpid(server, NULL, 0);
+	}
+	server = 0;
 	if (victim > 0) {
 		kill(victim, SIGKILL);
 		waitpid(victim, NULL, 0);
@@ -101,6 +107,12 @@ static struct {
 void lz_point(const char *name, uint64_t address);
 void lz_point(const char *name, uint64_t address)
 {
+	if (control && !strcmp((const char *)control->die_at, name) &&
+	    (!control->die_address || control->die_address == address)) {
+		control->die_at[0] = 0;
+		kill(getpid(), SIGKILL);
+		pause();
+	}
 	pthread_mutex_lock(&point.lock);
 	if (point.name && !strcmp(point.name, name) && (!point.address || point.address == address)) {
 		point.name = NULL;
@@ -347,6 +359,7 @@ struct scene {
 	uint32_t pages;      /* of one VMA at BASE, all dumped but page 3 (zero) and the last 8 (no entry) */
 	enum lz_fill fill;
 	uint32_t vmas;       /* 1, or 2: a second of the same size without image bytes at BASE + 1 GiB */
+	bool guarded;        /* a copy of this process serves, see take_over */
 	uint32_t flags;      /* of the VMA at BASE */
 	int *source_fd;      /* out, when not NULL: the pages image */
 };
@@ -403,6 +416,21 @@ static void set_up(const struct scene *scene)
 		close(image);
 	number = lz_engine_prepare(engine, victim, extents, 3, vmas, scene->vmas);
 	CHECK(number == 0);
+	if (scene->guarded) {
+		server = lz_fork_keeping_fds();
+		CHECK(server >= 0);
+		if (!server) {
+			prctl(PR_SET_PDEATHSIG, SIGKILL);
+			if (lz_engine_start(engine) || lz_engine_attach(engine, 0, uffd, victim))
+				_exit(1);
+			lz_engine_finish_restore(engine);
+			for (;;)
+				pause();
+		}
+		while (!control->ready)
+			usleep(100);
+		return;
+	}
 	CHECK(!lz_engine_start(engine));
 	CHECK(!lz_engine_attach(engine, 0, uffd, victim));
 	while (!control->ready)
@@ -722,6 +750,119 @@ static void test_fork_without_descriptors(void)
 	tear_down();
 }
 
+/* The process that serves is dead, and nothing was closed: go on from the arena. */
+static void take_over(int expected)
+{
+	int status;
+
+	CHECK(waitpid(server, &status, 0) == server);
+	server = 0;
+	CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
+	CHECK(lz_engine_is_finished(engine));
+	CHECK(lz_engine_resume(engine) == expected);
+	CHECK(!lz_engine_start(engine));
+}
+
+static void die_at(const char *name, uint64_t address)
+{
+	control->die_address = address;
+	strcpy((char *)control->die_at, name);
+}
+
+/* Killed in the middle of a copy, before it or just after: the page comes, and every other. */
+static void test_killed_at_copy(void)
+{
+	static const char *const points[] = { "before-copy", "after-copy" };
+
+	for (int i = 0; i < 2; i++) {
+		struct scene scene = { .pages = 64, .fill = LZ_FILL_OFF, .vmas = 1, .guarded = true };
+
+		set_up(&scene);
+		CHECK(run(0, READ, BASE + 9 * PAGE, 0, 0) == word_at(BASE + 9 * PAGE));
+		die_at(points[i], BASE + 20 * PAGE);
+		begin(&control->slot[0], READ, BASE + 20 * PAGE, 0, 0);
+		take_over(1);
+		CHECK(finish(&control->slot[0]) == word_at(BASE + 20 * PAGE));
+		check_pages(BASE, BASE, 0, 64, 64);
+		tear_down();
+	}
+}
+
+/* Killed with an event read and not kept, kept and not applied: it is not lost, and the task goes on. */
+static void test_killed_at_event(void)
+{
+	static const char *const points[] = { "event-read", "event-kept" };
+
+	for (int i = 0; i < 2; i++) {
+		struct scene scene = { .pages = 64, .fill = LZ_FILL_OFF, .vmas = 1, .guarded = true };
+
+		set_up(&scene);
+		die_at(points[i], 0);
+		begin(&control->slot[0], DROP, BASE + 8 * PAGE, 0, 4 * PAGE);
+		take_over(1);
+		CHECK(finish(&control->slot[0]) == 0);
+		for (uint32_t page = 8; page < 12; page++)
+			CHECK(run(0, READ, BASE + page * PAGE, 0, 0) == 0);
+		check_pages(BASE, BASE, 12, 64, 64);
+		tear_down();
+
+		set_up(&scene);
+		die_at(points[i], 0);
+		begin(&control->slot[0], MOVE, BASE + 16 * PAGE, AWAY, 8 * PAGE);
+		take_over(1);
+		CHECK(finish(&control->slot[0]) == 0);
+		for (uint32_t page = 0; page < 8; page++)
+			CHECK(run(0, READ, AWAY + page * PAGE, 0, 0) == word_at(BASE + (16 + page) * PAGE));
+		check_pages(BASE, BASE, 0, 16, 64);
+		check_pages(BASE, BASE, 24, 64, 64);
+		tear_down();
+
+		set_up(&scene);
+		die_at(points[i], 0);
+		begin(&control->slot[0], FORK, 0, 0, 0);
+		take_over(1);
+		CHECK(finish(&control->slot[0]) == 0);
+		for (uint32_t page = 0; page < 56; page++)
+			CHECK(run_child(READ, BASE + page * PAGE, 0, 0) == (page == 3 ? 0 : word_at(BASE + page * PAGE)));
+		check_pages(BASE, BASE, 0, 64, 64);
+		tear_down();
+	}
+}
+
+/* Killed while what is known of the task is being changed: it is not served by a guess, and it does not run on. */
+static void test_killed_while_applying(void)
+{
+	struct scene scene = { .pages = 64, .fill = LZ_FILL_OFF, .vmas = 1, .guarded = true };
+	struct lz_notice notice = { 0 };
+
+	set_up(&scene);
+	die_at("events-applying", 0);
+	begin(&control->slot[0], DROP, BASE + 8 * PAGE, 0, 4 * PAGE);
+	take_over(0);
+	CHECK(lz_engine_next_notice(engine, &notice) && notice.kind == LZ_NOTICE_UNKNOWN);
+	CHECK(finish(&control->slot[0]) == 0);
+	begin(&control->slot[0], READ, BASE + 30 * PAGE, 0, 0);
+	CHECK(blocks(&control->slot[0]));
+	tear_down();
+}
+
+/* Killed while a range is handed back: what is moved there meanwhile is still served. */
+static void test_killed_at_hand_back(void)
+{
+	struct scene scene = { .pages = 64, .fill = LZ_FILL_OFF, .vmas = 2, .guarded = true };
+	const uint64_t empty = BASE + (1 << 30);
+
+	scene.fill = LZ_FILL_OFF;
+	set_up(&scene);
+	kill(server, SIGKILL);
+	take_over(1);
+	CHECK(run(0, MOVE, BASE + 16 * PAGE, empty, 8 * PAGE) == 0);
+	for (uint32_t i = 0; i < 8; i++)
+		CHECK(run(0, READ, empty + i * PAGE, 0, 0) == word_at(BASE + (16 + i) * PAGE));
+	check_pages(BASE, BASE, 24, 64, 64);
+	tear_down();
+}
+
 int main(int argc, char **argv)
 {
 	static const struct {
@@ -743,6 +884,10 @@ int main(int argc, char **argv)
 		TEST(test_abandon),
 		TEST(test_task_exits),
 		TEST(test_fork_without_descriptors),
+		TEST(test_killed_at_copy),
+		TEST(test_killed_at_event),
+		TEST(test_killed_while_applying),
+		TEST(test_killed_at_hand_back),
 	};
 	int rounds = argc > 1 ? atoi(argv[1]) : 1;
 	int through, uffd = lz_uffd_open(&through);
