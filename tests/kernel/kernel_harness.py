@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Run lazyd against skeleton.c: a made up checkpoint, a real userfaultfd, no CRIU.
 
-A daemon is started in one of two ways: as the command that users type, or, for races that are run hundreds of times,
-as a fork of this process that has everything imported already.
+A daemon is started in one of two ways: as the command that users type, or, for races that are run hundreds of
+times, as a fork of this process that has everything imported already.
 """
 
 from __future__ import annotations
@@ -81,6 +81,16 @@ def task_state(pid: int) -> str:
     return ""
 
 
+def descendants(pid: int) -> list[int]:
+    """All processes below one, parents first."""
+    found = []
+    with contextlib.suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                found += [int(word) for word in (thread / "children").read_text().split()]
+    return found + [below for child in found for below in descendants(child)]
+
+
 class Daemon:
     """A daemon on its way to an exit code."""
 
@@ -118,9 +128,12 @@ class Daemon:
         os.kill(self.pid, number)
 
     def close(self) -> None:
-        """End it, whatever it is doing."""
+        """End it and the processes it has made, whatever they are doing."""
         if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
+            family = [self.pid, *descendants(self.pid)]
+            for pid in family:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self.wait()
 
 
@@ -199,8 +212,8 @@ class Stage:
                     one = data[number * PAGE : (number + 1) * PAGE]
                     entries.append(Entry(run.start + page * PAGE, 1, data=one))
             ranges = [{"start": vma.start, "end": vma.start + vma.pages * PAGE} for vma in vmas]
-            made.append(Task(pid, entries, vmas=ranges))
-        made += [Task(pid, zombie=True) for pid in zombies]
+            made.append(Task(pid, entries, ppid=made[0].pid if made else 0, vmas=ranges))
+        made += [Task(pid, ppid=made[0].pid, zombie=True) for pid in zombies]
         return build_checkpoint(self.images, made)
 
     def start_daemon(self, *words: str, listening: bool = True) -> Daemon:
@@ -247,7 +260,7 @@ class Stage:
     def _await_daemon(self, pid: int, reading: int, *, listening: bool) -> Daemon:
         daemon = Daemon(pid, self.work)
         self._running.callback(daemon.close)
-        with open(reading, "rb", buffering=0) as pipe:  # noqa: PTH123  a descriptor
+        with open(reading, "rb", buffering=0) as pipe:
             status = pipe.read(1)
         assert (status == b"\0") is listening, daemon.output
         return daemon

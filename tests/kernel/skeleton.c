@@ -15,9 +15,9 @@
  *   prefill START PAGES                 image pages that the restorer fills itself
  *   open                                open a userfaultfd and register all that is mapped
  *   connect | finish | hangup           the connection, "restore finished", close
- *   announce PID                        send the pid and the userfaultfd, and close it
+ *   announce PID                        send the pid (0: its own) and the userfaultfd, and close it
  *   pid PID | byte | rights N | raw HEX parts of the protocol alone: a pid, a byte, a byte with N userfaultfds, bytes
- *   say WORD | await                    write a line to stdout; read a line from stdin
+ *   say WORD | await | pause            write a line to stdout; read a line from stdin; wait for SIGUSR1
  *   sweep ORDER THREADS                 check every page: forward, backward, random
  *   storm THREADS OPERATIONS            random layout changes, reads, writes, system calls and forks
  *   race KIND                           for every image page: a thread touches it while this one does KIND to it:
@@ -154,6 +154,14 @@ static void on_trap(int number, siginfo_t *info, void *context)
 	if (trap)
 		siglongjmp(*trap, number);
 	fail("signal %d at %p", number, info->si_addr);
+}
+
+static volatile sig_atomic_t usr1;
+
+static void on_usr1(int number)
+{
+	(void)number;
+	usr1 = 1;
 }
 
 /* Read the first word of a page: 0 and *word, or the signal that it raised. */
@@ -1028,7 +1036,9 @@ static void run_step(const char *name)
 	} else if (!strcmp(name, "connect")) {
 		connect_daemon();
 	} else if (!strcmp(name, "announce")) {
-		announce((int32_t)number());
+		int32_t pid = (int32_t)number();
+
+		announce(pid ? pid : getpid());
 	} else if (!strcmp(name, "pid")) {
 		int32_t pid = (int32_t)number();
 
@@ -1058,6 +1068,10 @@ static void run_step(const char *name)
 		do
 			check(read(0, &byte, 1) == 1, "read from stdin");
 		while (byte != '\n');
+	} else if (!strcmp(name, "pause")) {
+		while (!usr1)
+			poll(NULL, 0, 10);
+		usr1 = 0;
 	} else if (!strcmp(name, "sweep")) {
 		char *order = word();
 
@@ -1140,6 +1154,7 @@ int main(int count, char **arguments)
 	alarm(LIFETIME_S);
 	sigaction(SIGSEGV, &action, NULL);
 	sigaction(SIGBUS, &action, NULL);
+	signal(SIGUSR1, on_usr1);
 	all.random = mix(seed);
 	for (argument = arguments + 1; *argument;)
 		run_step(word());
