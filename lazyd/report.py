@@ -27,7 +27,6 @@ The statistics are one JSON object. Times are seconds since the start of lazyd, 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import time
@@ -387,6 +386,8 @@ def summary_lines(outcome: Outcome) -> list[str]:
 
 def write_statistics(path: Path, values: dict[str, Any]) -> None:
     """Write the statistics, whole or not at all."""
+    import json  # noqa: PLC0415  needed at the end only
+
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         try:

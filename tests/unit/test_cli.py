@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: MIT
+"""The command line: criu's spelling, one line and exit 1 for what makes no sense, what each verb is given."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from images_builder import Entry, Task, build_checkpoint
+
+from lazyd import cli, daemon
+from lazyd.report import Show
+from lazyd.uffd import Fill
+
+BASE = 0x7F0000000000
+
+
+@pytest.fixture(autouse=True)
+def no_configuration(monkeypatch, tmp_path):
+    """Keep this machine's criu configuration out of the tests."""
+    monkeypatch.setattr(cli, "_default_configs", list)
+    monkeypatch.delenv("CRIU_CONFIG_FILE", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """What serve() was called with, in place of serving."""
+    calls = []
+
+    def serve(options, log):
+        calls.append((options, log))
+        return 0
+
+    monkeypatch.setattr(daemon, "serve", serve)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-D d",
+        "lazy-pages -D d",
+        "-D d lazy-pages",
+        "-Dd lazy-pages",
+        "lazy-pages --images-dir d",
+        "--images-dir=d lazy-pages",
+        "lazy-pages --images d",
+        "-j -v4 -D d lazy-pages --no-default-config",
+        "-vvv -D d -j lazy-pages",
+        "--shell-job lazy-pages -v -D d",
+        "-jv4 lazy-pages -D d",
+    ],
+)
+def test_options_stand_anywhere_in_any_spelling(served, line):
+    assert cli.main(line.split()) == 0
+    ((options, _),) = served
+    assert options.settings.images == Path("d")
+    assert options.work == Path("d")
+    assert not options.is_daemon
+
+
+@pytest.mark.parametrize(
+    ("line", "verbosity"),
+    [
+        ("", None),
+        ("-v", 1),
+        ("-vv", 2),
+        ("-v -v -v", 3),
+        ("-v0", 0),
+        ("-v4", 4),
+        ("-dv4", 4),
+        ("--verbosity=2", 2),
+        ("--verbosity", 1),
+        ("-v lazy-pages", 1),
+    ],
+)
+def test_verbosity_counts_as_criu_counts(line, verbosity):
+    assert cli.parse(["-D", "d", *line.split()]).verbosity == verbosity
+
+
+def test_everything_reaches_the_daemon(served):
+    line = (
+        "lazy-pages -D d -W w -o l -d --pidfile p --status-fd 7 --stats s --fill-rate 64M --workers 3"
+        " --pagemap-format booleans --no-progress"
+    )
+    assert cli.main(line.split()) == 0
+    ((options, _),) = served
+    assert options.work == Path("w")
+    assert options.log_file == Path("l")
+    assert options.is_daemon
+    assert options.pidfile == Path("p")
+    assert options.status_fd == 7
+    assert options.statistics == Path("s")
+    assert options.show is Show.NOTHING
+    assert options.settings.fill is Fill.FULL
+    assert options.settings.fill_rate == 64 << 20
+    assert options.settings.workers == 3
+    assert options.settings.dialect == "booleans"
+
+
+def test_the_fill_can_be_off(served):
+    assert cli.main(["-D", "d", "--fill", "off"]) == 0
+    assert served[0][0].settings.fill is Fill.OFF
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("1", 1),
+        ("512K", 512 << 10),
+        ("64M", 64 << 20),
+        ("64M/s", 64 << 20),
+        ("64MiB/s", 64 << 20),
+        ("1.5G", 3 << 29),
+        ("2g", 2 << 30),
+    ],
+)
+def test_rates(text, rate):
+    assert cli.parse(["-D", "d", "--fill-rate", text]).fill_rate == rate
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("", "no images are named"),
+        ("lazy-pages", "no images are named"),
+        ("dump -D d", "dump: no such command"),
+        ("lazy-pages again -D d", "again: one word too many"),
+        ("-D d --nonsense", "--nonsense"),
+        ("-D d -W", "-W"),
+        ("-D d --fill maybe", "--fill"),
+        ("-D d --fill-rate fast", "fast: not a rate"),
+        ("-D d --fill-rate 0", "0: not a rate"),
+        ("-D d --fill off --fill-rate 1M", "--fill off"),
+        ("-D d --workers -1", "--workers"),
+        ("-D d --status-fd x", "x: not a number"),
+        ("-D d --verbosity=x", "--verbosity=x"),
+        ("-D d --json", "--json is for show"),
+        ("show", "one directory of images is needed, 0 are given"),
+        ("verify a b", "one directory of images is needed, 2 are given"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line_and_exit_1(served, capsys, line, says):
+    assert cli.main(line.split()) == 1
+    error = capsys.readouterr().err
+    assert says in error
+    assert len(error.splitlines()) == 1
+    assert not served
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--page-server",
+        "--address host",
+        "--port 27",
+        "--ps-socket 3",
+        "--tls",
+        "--tls-cacert f",
+        "--tls-cacrl f",
+        "--tls-cert f",
+        "--tls-key f",
+        "--tls-no-cn-verify",
+    ],
+)
+def test_pages_from_a_page_server_are_refused_in_one_line(served, capsys, option):
+    assert cli.main(["lazy-pages", "-D", "d", *option.split()]) == 1
+    error = capsys.readouterr().err
+    assert "not built yet" in error
+    assert len(error.splitlines()) == 1
+    assert not served
+
+
+def test_the_version(capsys):
+    for option in ("-V", "--version"):
+        assert cli.main([option]) == 0
+        assert re.fullmatch(r"lazyd \d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as exited:
+        cli.main(["--help"])
+    assert exited.value.code == 0
+    text = capsys.readouterr().out
+    for option in (
+        "--images-dir",
+        "--fill-rate",
+        "--stats",
+        "--pagemap-format",
+        "--daemon",
+        "show",
+        "verify",
+    ):
+        assert option in text
+
+
+# Configuration files
+
+
+def test_a_configuration_file_says_what_the_command_line_does_not(served, tmp_path):
+    config = tmp_path / "criu.conf"
+    config.write_text(
+        "# ours\nimages-dir conf\nwork-dir 'a b'  # comment\nverbosity 4\ntcp-established\n\ndaemon\n"
+    )
+    assert cli.main(["lazy-pages", "--config", str(config), "-W", "w"]) == 0
+    ((options, _),) = served
+    assert options.settings.images == Path("conf")
+    assert options.work == Path("w")
+    assert options.is_daemon
+
+
+def test_default_configuration_files_can_be_left_out(served, tmp_path, monkeypatch, capsys):
+    config = tmp_path / "default.conf"
+    config.write_text("images-dir conf\n")
+    monkeypatch.setattr(cli, "_default_configs", lambda: [config])
+    assert cli.main(["lazy-pages", "--no-default-config"]) == 1
+    assert cli.main(["lazy-pages"]) == 0
+    assert served[0][0].settings.images == Path("conf")
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", [None, "images-dir 'd\n", b"\xff\xfe"])
+def test_a_bad_configuration_file_is_one_line(capsys, tmp_path, text):
+    config = tmp_path / "criu.conf"
+    if text is not None:
+        config.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert cli.main(["-D", "d", "--config", str(config)]) == 1
+    error = capsys.readouterr().err
+    assert str(config) in error
+    assert len(error.splitlines()) == 1
+
+
+# show and verify
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A good directory."""
+    return build_checkpoint(tmp_path / "images", [Task(5, [Entry(BASE, 3)])])
+
+
+def test_show_for_people_and_for_programs(images, capsys):
+    assert cli.main(["show", str(images)]) == 0
+    assert "5" in capsys.readouterr().out
+    assert cli.main(["show", "--json", str(images)]) == 0
+    assert json.loads(capsys.readouterr().out)
+
+
+def test_verify_says_what_is_wrong_where(images, capsys):
+    assert cli.main(["verify", "-D", str(images)]) == 0
+    capsys.readouterr()
+    (images / "pages-1.img").write_bytes(b"")
+    assert cli.main(["verify", str(images)]) == 1
+    assert "pages-1.img" in capsys.readouterr().out
+
+
+def test_show_of_nothing_is_one_line(capsys, tmp_path):
+    assert cli.main(["show", str(tmp_path / "none")]) == 1
+    error = capsys.readouterr().err
+    assert str(tmp_path / "none") in error
+    assert len(error.splitlines()) == 1

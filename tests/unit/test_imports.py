@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: MIT
+"""Imports point downwards only: the design's graph of rooms, and who alone may import what."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import lazyd
+
+ROOT = Path(lazyd.__file__).parent
+
+# Higher imports lower, never the other way, nor across within a level unless named below.
+LEVELS = [
+    {"__main__"},
+    {"cli"},
+    {"daemon"},
+    {"session"},
+    {"keeper", "uffd", "source", "target", "dump", "report", "restore_socket", "net"},
+    {"image", "wire"},
+    {"units", "errors"},
+]
+ACROSS = {("keeper", "uffd"), ("report", "uffd"), ("units", "errors")}
+ONLY_IMPORTERS = {
+    "lazyd.uffd._engine": {"uffd"},
+    "lazyd.image._pagemap": {"image"},
+    "google.protobuf": {"image"},
+    "ptrace": {"target"},
+    "pyroute2": {"net"},
+    "rich": {"report"},
+}
+# Before the socket listens, users wait: what is slow to import is imported when it is needed.
+NEVER_AT_THE_TOP = {"rich", "json", "importlib.metadata", "traceback", "dataclasses", "logging", "asyncio"}
+ON_THE_WAY_TO_LISTENING = {"cli", "daemon", "session", "keeper", "restore_socket", "report", "target", "uffd"}
+
+
+def room(path):
+    """The room that a file is in: the first part of its path below lazyd/."""
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imports(path):
+    """Yield (module, is at the top of its file) for everything a file imports at run time."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) in top
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield node.module, id(node) in top
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", id(node) in top
+
+
+def sources():
+    """The files that are written by hand."""
+    return [path for path in ROOT.rglob("*.py") if "pb" not in path.relative_to(ROOT).parts]
+
+
+def level(name):
+    """How high a room is; 0 is the highest."""
+    return next(number for number, rooms in enumerate(LEVELS) if name in rooms)
+
+
+def test_every_room_has_a_level():
+    named = set.union(*LEVELS)
+    assert {room(path) for path in sources()} - {"__init__"} <= named
+
+
+def test_imports_point_downwards_only():
+    wrong = set()
+    for path in sources():
+        here = room(path)
+        if here == "__init__":
+            continue
+        for module, _ in imports(path):
+            parts = module.split(".")
+            if parts[0] != "lazyd" or len(parts) == 1 or not any(parts[1] in rooms for rooms in LEVELS):
+                continue
+            there = parts[1]
+            if there != here and (here, there) not in ACROSS and level(here) >= level(there):
+                wrong.add(f"{here} -> {there}")
+    assert not wrong
+
+
+def test_some_modules_have_one_importer():
+    wrong = set()
+    for path in sources():
+        for module, _ in imports(path):
+            for name, importers in ONLY_IMPORTERS.items():
+                if (module == name or module.startswith(name + ".")) and room(path) not in importers:
+                    wrong.add(f"{room(path)} imports {module}")
+    assert not wrong
+
+
+def test_slow_modules_are_not_imported_before_the_socket_listens():
+    wrong = set()
+    for path in sources():
+        if room(path) not in ON_THE_WAY_TO_LISTENING:
+            continue
+        for module, is_top in imports(path):
+            if is_top and module in NEVER_AT_THE_TOP:
+                wrong.add(f"{room(path)} imports {module}")
+    assert not wrong
