@@ -50,10 +50,22 @@ STOCK_FAILS = {
 }
 
 
+# What a CRIU itself gets wrong: its eager restore fails alike.
+CRIU_FAILS = {
+    ("trixie", "wipeonfork"): "criu 4.1.1 does not restore MADV_WIPEONFORK",
+}
+
+
+def expect_criu_to_manage(suite, scenario):
+    if (suite, scenario) in CRIU_FAILS:
+        pytest.xfail(CRIU_FAILS[suite, scenario])
+
+
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_scenario(suite, scenario, turn, dumped, tmp_path):
     if harness.uses_stock() and scenario in STOCK_FAILS:
         pytest.skip(f"stock: {STOCK_FAILS[scenario]}")
+    expect_criu_to_manage(suite, scenario)
     harness.assert_good(harness.lazy_restore(dumped(suite, scenario), tmp_path / "work"))
 
 
@@ -64,5 +76,6 @@ def test_scenario(suite, scenario, turn, dumped, tmp_path):
 @pytest.mark.parametrize("fill", ["off", "rate"])
 def test_scenario_on_demand(suite, fill, scenario, turn, dumped, tmp_path):
     """The same with the background fill off or slow, so that nearly every page comes by a fault."""
+    expect_criu_to_manage(suite, scenario)
     extra = {"off": ("--fill", "off"), "rate": ("--fill-rate", "48M")}[fill]
     harness.assert_good(harness.lazy_restore(dumped(suite, scenario), tmp_path / "work", extra))
