@@ -176,9 +176,10 @@ def test_a_hangup_of_the_terminal_does_not_end_the_serving(stage):
 
 
 def stop_twice(daemon):
-    """Send the two signals that are meant."""
+    """Send the two signals that are meant; two at once would be one stop, told to a whole process group."""
     daemon.kill(signal.SIGTERM)
     daemon.wait_for_line("finishing the fill first")
+    time.sleep(0.4)
     daemon.kill(signal.SIGTERM)
     assert daemon.wait(10) == 1, daemon.output
 
@@ -245,12 +246,12 @@ def test_a_second_signal_leaves_other_children_alone(stage):
 
 
 def test_two_signals_far_apart_are_two_first_ones(stage, monkeypatch):
-    monkeypatch.setattr("lazyd.session.SECOND_SIGNAL_S", 0.05)
+    monkeypatch.setattr("lazyd.session.SECOND_SIGNAL_S", 0.3)
     bus = ["await", "finish", "sweep", "random", "1"]
     skeleton, daemon = start_own_pid(stage, VMAS, *bus)
     daemon.kill(signal.SIGTERM)
     daemon.wait_for_line("finishing the fill first")
-    time.sleep(0.1)
+    time.sleep(0.5)
     daemon.kill(signal.SIGTERM)
     wait_until(lambda: daemon.output.count("finishing the fill first") == 2, "the second answer")
     skeleton.go_on()
