@@ -7,7 +7,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#define WATCH_NS 10000U             /* looks closer together than this miss nothing (layout.h, overlapped) */
+#define WATCH_NS 3000U /* less than a thread needs from the end of a madvise to the layout change of a fork */
 
 static void drop_range(struct lz_worker *worker, struct lz_task *task, uint64_t start, uint64_t end)
 {
@@ -112,15 +112,12 @@ static enum lz_truth registered(void *context, int child, uint64_t address)
 	return result == -EFAULT ? LZ_REGISTERED : result == -ENOENT ? LZ_NOT_REGISTERED : LZ_UNKNOWN;
 }
 
-/* Apply the batch of events; the layout is settled, or the order does not matter any more. */
-void lz_events_apply(struct lz_worker *worker, struct lz_task *task)
+/* Apply the batch of events in the order given. */
+static void apply_in_order(struct lz_worker *worker, struct lz_task *task, const uint8_t *order)
 {
-	struct question question = { worker, task };
 	struct lz_event batch[LZ_BATCH];
-	uint8_t order[LZ_BATCH];
 	uint32_t count = task->events;
 
-	lz_layout_order(task->event, count, registered, &question, order);
 	memcpy(batch, task->event, sizeof(batch));
 	__atomic_store_n(&task->applying, 1, __ATOMIC_RELEASE);
 	LZ_POINT("events-applying", 0);
@@ -136,6 +133,21 @@ void lz_events_apply(struct lz_worker *worker, struct lz_task *task)
 			lz_notify(worker, (struct lz_notice){ .kind = LZ_NOTICE_HELD, .task = task->number });
 	}
 	__atomic_store_n(&task->applying, 0, __ATOMIC_RELEASE);
+}
+
+static void find_order(struct lz_worker *worker, struct lz_task *task, uint8_t *order)
+{
+	struct question question = { worker, task };
+
+	lz_layout_order(task->event, task->events, registered, &question, order);
+}
+
+void lz_events_apply(struct lz_worker *worker, struct lz_task *task)
+{
+	uint8_t order[LZ_BATCH];
+
+	find_order(worker, task, order);
+	apply_in_order(worker, task, order);
 }
 
 /* What a message says, as an event; false for one that is not a layout event. */
@@ -240,7 +252,7 @@ uint32_t lz_events_read(struct lz_worker *worker, struct lz_task *task, uint64_t
 			bool is_fault = message[i].event == UFFD_EVENT_PAGEFAULT;
 
 			if (!is_fault)
-				keep_event(worker, task, &message[i], before);
+				keep_event(worker, task, &message[i], lz_now_ns());
 			__atomic_store_n(&message[i].event, 0, __ATOMIC_RELEASE);
 			if (!is_fault)
 				continue;
@@ -259,19 +271,22 @@ uint32_t lz_events_read(struct lz_worker *worker, struct lz_task *task, uint64_t
  */
 bool lz_events_settle(struct lz_worker *worker, struct lz_task *task)
 {
+	uint8_t order[LZ_BATCH];
 	uint64_t now;
 
 	if (!task->events)
 		return true;
 	now = lz_now_ns();
-	switch (lz_uffd_settled(task->uffd)) {
-	case -EAGAIN:
+	if (lz_uffd_settled(task->uffd) == -EAGAIN) {
 		/* A look that came late may have missed that it was settled in between. */
 		if (now - task->watched_ns < WATCH_NS)
 			task->watched_ns = now;
 		return false;
-	default: /* settled, or the memory is gone: a child that it forked is not */
-		lz_events_apply(worker, task);
-		return true;
 	}
+	/* Settled, or the memory is gone: a child that it forked is not. */
+	find_order(worker, task, order);
+	if (task->events > 1 && lz_uffd_settled(task->uffd) == -EAGAIN)
+		return false; /* another change has begun, and the answers may be about it */
+	apply_in_order(worker, task, order);
+	return true;
 }

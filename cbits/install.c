@@ -77,7 +77,7 @@ static int64_t give_up_pages(struct lz_worker *worker, struct lz_task *task, uin
 	uint64_t done;
 	int result = lz_uffd_poison(task->uffd, start, BYTES(pages), &done);
 
-	if (result == -EEXIST && !done) {
+	if ((result == -EEXIST || (result == -ENOENT && pages == 1)) && !done) {
 		mark_present(worker, task, start, 1);
 		lz_forget_left(task, 1);
 		lz_uffd_wake(task->uffd, start, LZ_PAGE_SIZE);
@@ -90,6 +90,8 @@ static int64_t give_up_pages(struct lz_worker *worker, struct lz_task *task, uin
 		task->held_pages += pages;
 		lz_forget_left(task, pages);
 		done = BYTES(pages);
+	} else if (result == -ENOENT) {
+		return give_up_pages(worker, task, start, pages / 2, source, error);
 	} else if (!done) {
 		return result;
 	} else {

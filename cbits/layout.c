@@ -30,9 +30,8 @@ static enum lz_truth effect(const struct lz_event *event, uint64_t address)
 {
 	switch (event->event) {
 	case UFFD_EVENT_REMAP:
-		if (holds(event->to, event->to + (event->end - event->start), address))
-			return LZ_REGISTERED;
-		__attribute__((fallthrough)); /* it left the old place */
+		/* Of the old place it says nothing: MREMAP_DONTUNMAP leaves it, any other has an UNMAP of its own. */
+		return holds(event->to, event->to + (event->end - event->start), address) ? LZ_REGISTERED : LZ_UNKNOWN;
 	case UFFD_EVENT_UNMAP:
 		return holds(event->start, event->end, address) ? LZ_NOT_REGISTERED : LZ_UNKNOWN;
 	default:
@@ -60,6 +59,23 @@ static uint32_t contradictions(const struct puzzle *puzzle, const uint8_t *order
 	return score;
 }
 
+/* Whether an order puts the unmapping of the old place of an mremap before its move: both are one call. */
+static bool splits_a_move(const struct puzzle *puzzle, const uint8_t *order)
+{
+	for (uint32_t i = 0; i < puzzle->moves; i++) {
+		const struct lz_event *unmap = &puzzle->events[order[i]];
+
+		for (uint32_t k = i + 1; k < puzzle->moves && unmap->event == UFFD_EVENT_UNMAP; k++) {
+			const struct lz_event *move = &puzzle->events[order[k]];
+
+			if (move->event == UFFD_EVENT_REMAP && move->start == unmap->start && move->end == unmap->end &&
+			    order[k] < order[i])
+				return true;
+		}
+	}
+	return false;
+}
+
 /* Try every order of the moves, the one they were read in first; keep the first that contradicts least. */
 static void try_orders(struct puzzle *puzzle, uint8_t *order, uint32_t placed, uint32_t used)
 {
@@ -68,6 +84,8 @@ static void try_orders(struct puzzle *puzzle, uint8_t *order, uint32_t placed, u
 	if (placed == puzzle->moves) {
 		uint32_t score = contradictions(puzzle, order, placed, puzzle->now);
 
+		if (splits_a_move(puzzle, order))
+			return;
 		if (score < puzzle->best_score) {
 			puzzle->best_score = score;
 			memcpy(puzzle->best, order, placed);
@@ -120,7 +138,7 @@ void lz_layout_order(const struct lz_event *events, uint32_t count, lz_truth_fun
 {
 	struct puzzle puzzle = { .events = events, .best_score = UINT32_MAX };
 	uint8_t attempt[LZ_BATCH];
-	uint32_t filled = 0;
+	uint32_t filled = 0, is_free = 0;
 	uint32_t place[LZ_BATCH];
 
 	assert(count <= LZ_BATCH);
@@ -131,12 +149,16 @@ void lz_layout_order(const struct lz_event *events, uint32_t count, lz_truth_fun
 		if (events[i].event == UFFD_EVENT_REMOVE)
 			continue;
 		puzzle.point[puzzle.points++] = events[i].start;
-		if (events[i].event == UFFD_EVENT_REMAP)
+		if (events[i].event == UFFD_EVENT_REMAP) {
+			is_free |= 1U << puzzle.points; /* unless we know better */
 			puzzle.point[puzzle.points++] = events[i].to;
+		}
 	}
 	for (uint32_t p = 0; p < puzzle.points && count > 1; p++) {
 		puzzle.now[p] = truth(context, -1, puzzle.point[p]);
 		puzzle.before[p] = truth(context, LZ_BEFORE, puzzle.point[p]);
+		if (puzzle.before[p] == LZ_UNKNOWN && is_free & 1U << p)
+			puzzle.before[p] = LZ_NOT_REGISTERED;
 	}
 	if (puzzle.moves < 2)
 		memcpy(puzzle.best, puzzle.move, puzzle.moves);

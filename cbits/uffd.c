@@ -40,13 +40,23 @@ static int failure(int64_t field, uint64_t *done)
 	return -error;
 }
 
+/* The same, and whether -ENOENT can be believed. */
+static int settled_failure(int uffd, int64_t field, uint64_t *done)
+{
+	int result = failure(field, done);
+
+	if (result == -ENOENT && !*done && lz_uffd_settled(uffd) == -EAGAIN)
+		return -EAGAIN;
+	return result;
+}
+
 int lz_uffd_copy(int uffd, uint64_t start, const void *source, uint64_t length, uint64_t *done)
 {
 	struct uffdio_copy copy = { .dst = start, .src = (uint64_t)(uintptr_t)source, .len = length };
 
 	*done = 0;
 	if (ioctl(uffd, UFFDIO_COPY, &copy) < 0)
-		return failure(copy.copy, done);
+		return settled_failure(uffd, copy.copy, done);
 	*done = length;
 	return 0;
 }
@@ -57,7 +67,7 @@ int lz_uffd_zero(int uffd, uint64_t start, uint64_t length, uint64_t *done)
 
 	*done = 0;
 	if (ioctl(uffd, UFFDIO_ZEROPAGE, &zero) < 0)
-		return failure(zero.zeropage, done);
+		return settled_failure(uffd, zero.zeropage, done);
 	*done = length;
 	return 0;
 }
@@ -68,7 +78,7 @@ int lz_uffd_poison(int uffd, uint64_t start, uint64_t length, uint64_t *done)
 
 	*done = 0;
 	if (ioctl(uffd, UFFDIO_POISON, &poison) < 0)
-		return failure(poison.updated, done);
+		return settled_failure(uffd, poison.updated, done);
 	*done = length;
 	return 0;
 }
@@ -99,10 +109,12 @@ int lz_uffd_unregister(int uffd, uint64_t start, uint64_t length)
 
 int lz_uffd_probe(int uffd, uint64_t start, uint64_t length)
 {
-	const void *source = unreadable(length);
-	uint64_t done;
+	struct uffdio_copy copy = { .dst = start, .src = (uint64_t)(uintptr_t)unreadable(length), .len = length };
+	uint64_t done = 0;
 
-	return source ? lz_uffd_copy(uffd, start, source, length, &done) : -ENOMEM;
+	if (!copy.src)
+		return -ENOMEM;
+	return ioctl(uffd, UFFDIO_COPY, &copy) < 0 ? failure(copy.copy, &done) : -EFAULT;
 }
 
 int lz_uffd_settled(int uffd)

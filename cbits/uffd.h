@@ -7,9 +7,12 @@
  *   field; a partial result comes with errno EAGAIN and says how much is in. So the field is zeroed first and a
  *   partial result is reported beside the error.
  * - An error with nothing installed is about the first page: pages are installed in order.
- * - The layout check comes before everything else in COPY, then the search for the VMA, then the read of the source.
- *   So a COPY from an address that cannot be read installs nothing and tells what the layout is: -EAGAIN it is
- *   changing, -ENOENT the range is not inside one registered VMA, -EFAULT it is, -ESRCH the memory is gone.
+ * - The layout check comes before everything else in COPY, then the search for the VMA, then the layout check once
+ *   more, then the read of the source. So a COPY from an address that cannot be read installs nothing and tells what
+ *   the layout is: -EAGAIN it is changing, -ENOENT the range is not inside one registered VMA, -EFAULT it is, -ESRCH
+ *   the memory is gone.
+ * - A change between the first check and the search makes -ENOENT of what is changing. So -ENOENT means that a range
+ *   is not there only if the layout is seen settled after it: the calls here ask, and answer -EAGAIN if it is not.
  */
 #ifndef LZ_UFFD_H
 #define LZ_UFFD_H

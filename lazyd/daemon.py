@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from lazyd.errors import LazydError, SystemCallError
+from lazyd.keeper import Life, keep
 from lazyd.report import Log, Moments, Outcome, Progress, Show, statistics, summary_lines, write_statistics
 from lazyd.restore_socket import Listener
-from lazyd.session import Session, Settings
+from lazyd.session import Session, Settings, hold_signals
 from lazyd.uffd import check_permission
 
 
@@ -73,19 +75,21 @@ class Announcement:
 
 def serve(options: Options, log: Log) -> int:
     """Serve one restore and return the exit code."""
-    path = options.settings.images
-    unfinished = Outcome(1, None, str(path), None, None, Moments(), None, (), ())
     statistics_path = options.statistics.absolute() if options.statistics is not None else None
     try:
         if options.log_file is not None:
             log.open(options.work / options.log_file)
-        outcome = _serve(options, log)
+        return _serve(options, log, statistics_path)
     except LazydError as error:
         log.error(str(error))
         moments = Moments(end=log.elapsed())
-        outcome = unfinished._replace(reason=str(error), problems=(str(error),), moments=moments)
-    if outcome is None:
-        return 0
+        reason, path = str(error), str(options.settings.images)
+        outcome = Outcome(1, reason, path, None, None, moments, None, (), (reason,))
+        return _conclude(outcome, log, statistics_path)
+
+
+def _conclude(outcome: Outcome, log: Log, statistics_path: Path | None) -> int:
+    """Say how it went; the exit code."""
     for line in summary_lines(outcome):
         log.info(line)
     if statistics_path is not None:
@@ -97,8 +101,7 @@ def serve(options: Options, log: Log) -> int:
     return outcome.exit_code
 
 
-def _serve(options: Options, log: Log) -> Outcome | None:
-    """Serve one restore; None in the parent of a daemon that listens."""
+def _serve(options: Options, log: Log, statistics_path: Path | None) -> int:
     work = options.work.absolute()
     check_permission()
     progress = Progress(log, options.show)
@@ -112,16 +115,27 @@ def _serve(options: Options, log: Log) -> Outcome | None:
         if options.is_daemon:
             ready = _into_background(listener)
             if ready is None:
-                return None
+                return 0
         stack.callback(listener.unlink)
-        session.start()
+        hold_signals()
         announcement.write()
         session.note_listening()
         if ready is not None:
             _leave_terminal(log)
             os.write(ready, b"\0")
             os.close(ready)
-        return session.run(listener)
+
+        def serve_life(life: Life) -> int:
+            with session, stack.pop_all():
+                outcome = session.run(listener) if life is Life.FIRST else session.resume(life)
+                return _conclude(outcome, log, statistics_path)
+
+        code = keep(serve_life, log.error)
+        # The child has closed what was ours: the descriptors are shared. Not one of them may be closed again.
+        listener.unlink()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _into_background(listener: Listener) -> int | None:

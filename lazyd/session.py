@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 from lazyd.errors import ImageError, LazydError, ProtocolError, RestoreError
 from lazyd.image import Checkpoint, Kind, load
+from lazyd.keeper import Life
 from lazyd.report import Log, Moments, Outcome, Progress
 from lazyd.restore_socket import SOCKET_NAME, Connection, Event, Finished, HungUp, Listener, TaskUffd, Zombie
 from lazyd.target import Target, descendants, find_run_pid, waits_for_userfaults
@@ -39,6 +40,7 @@ from lazyd.uffd import Engine, Fill, Notice, NoticeKind, OnFork, Served, TaskInf
 from lazyd.units import PAGE_SIZE, human_bytes
 
 SECOND_SIGNAL_S = 5.0
+SAME_SIGNAL_S = 0.25
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
 
@@ -50,6 +52,14 @@ class Settings(NamedTuple):
     fill: Fill
     fill_rate: int
     workers: int
+
+
+def hold_signals() -> None:
+    """Let the signals that would end the daemon wait until run() takes them.
+
+    Who is told that we listen may send one at once, or a task: neither may be lost in between.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
 class _End(Enum):
@@ -144,10 +154,6 @@ class Session:
             f" in a chain of {checkpoint.depth}; {checkpoint.dialect.value} ({checkpoint.dialect_reason})"
         )
 
-    def start(self) -> None:
-        """Start the engine's threads; after any fork of this process."""
-        self._engine.start()
-
     def note_listening(self) -> None:
         """Tell those who wait for the socket."""
         self._moments = self._moments._replace(listening=self._log.elapsed())
@@ -155,10 +161,35 @@ class Session:
         self._log.info(self._loaded)
 
     def run(self, listener: Listener) -> Outcome:
-        """Serve one restorer, to the end."""
+        """Serve one restorer, to the end. Starts the engine's threads: this process must not be forked again."""
+        self._engine.start()
+        self._wait(listener, lambda: self._on_restorer(listener))
+        return self._serve_to_the_end()
+
+    def resume(self, life: Life) -> Outcome:
+        """Go on in the place of a process that died; this one is a copy from before it started."""
+        served = self._engine.resume()
+        for number, info in enumerate(self._task_infos()):
+            if info.run_pid and info.status in (TaskStatus.SERVING, TaskStatus.FAILED):
+                with contextlib.suppress(OSError):
+                    self._targets[number] = Target(info.run_pid)
+        self._engine.start()
+        if life is Life.LAST:
+            self._fail(f"the serving process died again and again: stopping {served} tasks and giving up")
+            self._stop_tasks()
+            return self._finish()
+        if not self._engine.is_finished:
+            self._abandon("the serving process died before the restore was finished")
+            return self._finish()
+        self._is_finished = True
+        self._log.warning(f"going on with {served} tasks, left by a process that died")
+        self._progress.begin()
+        self._look_for_the_end()
+        return self._serve_to_the_end()
+
+    def _serve_to_the_end(self) -> Outcome:
         with _signals_as_bytes() as signals:
             self._wait(signals, lambda: self._on_signals(signals))
-            self._wait(listener, lambda: self._on_restorer(listener))
             self._wait(self._engine.notify_fd, self._on_notices)
             try:
                 while self._end is None:
@@ -225,10 +256,11 @@ class Session:
         self._wait(connection, self._on_connection)
 
     def _on_connection(self) -> None:
-        assert self._connection is not None, "registered as long as there is one"
+        """Take all that the restorer has sent."""
         try:
-            for event in self._connection.receive():
-                self._take(event)
+            while self._connection is not None and (events := self._connection.receive()):
+                for event in events:
+                    self._take(event)
         except ProtocolError as error:
             self._hang_up()
             self._abandon(str(error))
@@ -331,13 +363,35 @@ class Session:
             case NoticeKind.SOURCE_CHANGED:
                 self._fail(f"{source}: changed while it is being served, it has {notice.value} bytes now")
             case NoticeKind.SUSPECT:
-                self._fail(f"{who}: {pages} may be wrong: {source} was cut while they were copied")
+                self._fail(
+                    f"{who}: {pages} may be wrong: {source} was cut while they were copied;"
+                    f" {self._stop_task(notice.task)}"
+                )
+            case NoticeKind.UNKNOWN:
+                self._fail(
+                    f"{who}: its layout was being changed when the serving process died, so what it misses is"
+                    f" not known any more; {self._kill_task(notice.task)}"
+                )
             case NoticeKind.TASK_FAILED:
                 missed = f", {notice.value} pages could not be" if notice.value else ""
                 self._fail(f"{who}: cannot be served any more ({why}): what was missing is poisoned{missed}")
                 self._let_go(notice.task)
             case NoticeKind.LOST:
                 self._log.warning(f"{notice.value} notices were lost; the totals have them all")
+
+    def _stop_task(self, number: int) -> str:
+        """Stop a task that may hold a wrong byte; what came of it, in words."""
+        target = self._targets.get(number)
+        if target is not None and target.stop():
+            return f"pid {target.pid} is stopped"
+        return "it could not be stopped: kill it"
+
+    def _kill_task(self, number: int) -> str:
+        """Kill a task that cannot be served or poisoned; what came of it, in words."""
+        target = self._targets.get(number)
+        if target is not None and target.kill():
+            return f"pid {target.pid} is killed"
+        return "kill it: it waits, and reads zeros when this daemon ends"
 
     def _name(self, number: int) -> str:
         try:
@@ -363,6 +417,9 @@ class Session:
                 self._on_signal(signal.Signals(number))
 
     def _on_signal(self, number: signal.Signals) -> None:
+        self._on_connection()  # a task whose userfaultfd lies in the socket, unread, depends on us as well
+        if self._end is not None:
+            return
         now = self._log.elapsed()
         totals = self._engine.totals()
         if not totals.serving and not self._is_finished:
@@ -372,6 +429,9 @@ class Session:
             return
         if number is signal.SIGHUP:
             self._log.warning("SIGHUP: tasks depend on this daemon, it carries on")
+            return
+        if self._last_signal is not None and now - self._last_signal < SAME_SIGNAL_S:
+            # One stop, told to every process of a group: to this one, and to the keeper who forwards it.
             return
         if self._last_signal is not None and now - self._last_signal < SECOND_SIGNAL_S:
             self._fail(f"{number.name} again: stopping {totals.serving} tasks and giving up")
@@ -454,6 +514,8 @@ class _signals_as_bytes:
         self._writing.setblocking(False)  # noqa: FBT003  its only way
         self._previous_fd = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
         self._previous = {number: signal.signal(number, _ignore) for number in _SIGNALS}
+        # They were held back since before anyone was told that we listen.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         return self._reading
 
     def __exit__(

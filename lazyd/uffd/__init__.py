@@ -40,6 +40,7 @@ class NoticeKind(enum.IntEnum):
     SOURCE_CHANGED = lib.LZ_NOTICE_SOURCE_CHANGED
     TASK_FAILED = lib.LZ_NOTICE_TASK_FAILED
     LOST = lib.LZ_NOTICE_LOST
+    UNKNOWN = lib.LZ_NOTICE_UNKNOWN
     SUSPECT = lib.LZ_NOTICE_SUSPECT
 
 
@@ -175,6 +176,18 @@ class Engine:
         """Start the worker threads; after any fork of this process."""
         _check("start of the workers", lib.lz_engine_start(self._engine))
 
+    def resume(self) -> int:
+        """Take up what the process that died served, and return how many tasks that is; before `start`.
+
+        Only in a child of `fork_keeping_fds` whose parent made this engine and never started it.
+        """
+        return _check("going on from the arena", lib.lz_engine_resume(self._engine))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether `finish_restore` was called, here or by the process that died."""
+        return bool(lib.lz_engine_is_finished(self._engine))
+
     def attach(self, task: int, uffd: int, run_pid: int) -> None:
         """Begin to serve a prepared task; the descriptor is the engine's from here on."""
         _check(f"attach of task {task}", lib.lz_engine_attach(self._engine, task, uffd, run_pid))
@@ -225,6 +238,14 @@ class Engine:
         return TaskInfo(
             raw.image_pid, raw.run_pid, TaskStatus(raw.status), raw.parent, raw.image_pages, raw.left_pages
         )
+
+
+def fork_keeping_fds() -> int:
+    """Fork a child that shares this process's descriptors, as `os.fork` otherwise; only with one thread.
+
+    Python's own fork hooks do not run: they mend locks and threads, and there are none.
+    """
+    return _check("clone", lib.lz_fork_keeping_fds())
 
 
 def _check(what: str, result: int) -> int:

@@ -427,7 +427,7 @@ static void set_up(const struct scene *scene)
 			for (;;)
 				pause();
 		}
-		while (!control->ready)
+		while (!control->ready || !lz_engine_is_finished(engine))
 			usleep(100);
 		return;
 	}

@@ -15,13 +15,15 @@
 #define PAGES 12U
 #define EVENTS 5U
 #define PAGE 4096ULL
+#define ZEROS 200
+#define LEFT 1 /* in an event's uffd field, unused there: an mremap that leaves its old place mapped */
 
 struct world {
-	uint8_t content[PAGES]; /* 0: not registered; else whose page it is; 200: dropped */
+	uint8_t content[PAGES]; /* 0: not registered; else whose page it is; ZEROS: dropped, or left by DONTUNMAP */
 };
 
 struct kernel {
-	struct world before, now, child[EVENTS];
+	struct world before, now, child[LZ_BATCH];
 };
 
 static void change(struct world *world, const struct lz_event *event)
@@ -32,7 +34,7 @@ static void change(struct world *world, const struct lz_event *event)
 	switch (event->event) {
 	case UFFD_EVENT_REMAP:
 		for (uint64_t p = first; p < end; p++)
-			world->content[p] = 0;
+			world->content[p] = event->uffd == LEFT ? ZEROS : 0;
 		for (uint64_t p = first; p < end; p++)
 			world->content[to + p - first] = old.content[p];
 		break;
@@ -43,7 +45,7 @@ static void change(struct world *world, const struct lz_event *event)
 	case UFFD_EVENT_REMOVE:
 		for (uint64_t p = first; p < end; p++)
 			if (world->content[p])
-				world->content[p] = 200;
+				world->content[p] = ZEROS;
 		break;
 	default:
 		break;
@@ -84,6 +86,7 @@ static bool draw(const struct world *world, struct lz_event *event, bool may_dro
 		return true;
 	case 1:
 		event->event = UFFD_EVENT_REMAP;
+		event->uffd = dice(3) ? -1 : LEFT;
 		event->to = to * PAGE;
 		for (uint64_t p = to; p < to + pages; p++) /* only to a free place: else an UNMAP comes with it */
 			if (p >= PAGES || world->content[p])
@@ -99,38 +102,61 @@ static bool draw(const struct world *world, struct lz_event *event, bool may_dro
 	}
 }
 
+/* What a task reads: memory that is not ours and zeros are the same to us. */
+static bool same(const struct world *one, const struct world *other)
+{
+	for (uint32_t p = 0; p < PAGES; p++)
+		if (one->content[p] % ZEROS != other->content[p] % ZEROS)
+			return false;
+	return true;
+}
+
 static int one_case(void)
 {
-	struct lz_event made[EVENTS], read[EVENTS];
-	struct world child_of[EVENTS], applied, found[EVENTS];
+	struct lz_event made[LZ_BATCH + 1], read[LZ_BATCH];
+	struct world child_of[LZ_BATCH], applied, found[LZ_BATCH];
 	struct kernel kernel;
-	uint32_t passed = dice(EVENTS - 1), count = 2 + dice(EVENTS - 1);
-	uint8_t order[LZ_BATCH], at[EVENTS];
-	bool both;
+	uint32_t wanted = 2 + dice(EVENTS - 1), count = 0, passed;
+	uint8_t order[LZ_BATCH], at[LZ_BATCH];
+	bool call[LZ_BATCH] = { false }; /* the second event of one system call */
+	bool both, passes = dice(4);
 
 	for (uint32_t p = 0; p < PAGES; p++)
 		kernel.before.content[p] = (uint8_t)(dice(3) ? p + 1 : 0);
 	kernel.now = kernel.before;
-	for (uint32_t i = 0; i < count; i++) {
-		if (!draw(&kernel.now, &made[i], true))
+	while (count < wanted) {
+		if (count + 2 > LZ_BATCH || !draw(&kernel.now, &made[count], true))
 			return 0;
-		child_of[i] = kernel.now;
-		change(&kernel.now, &made[i]);
-		at[i] = (uint8_t)i;
+		child_of[count] = kernel.now;
+		change(&kernel.now, &made[count]);
+		at[count] = (uint8_t)count;
+		if (made[count].event == UFFD_EVENT_REMAP && made[count].uffd != LEFT) {
+			made[count + 1] = made[count];
+			made[count + 1].event = UFFD_EVENT_UNMAP;
+			count++;
+			at[count] = (uint8_t)count;
+			call[count] = true;
+			child_of[count] = kernel.now;
+		}
+		count++;
 	}
-	if (passed + 1 >= count)
+	passed = dice(count);
+	if (passed + 1 >= count || call[passed + 1])
 		return 0;
 	/* What passes must be of another thread, and a drop passes nothing but a fork: see layout.h. */
 	both = made[passed].event != UFFD_EVENT_REMOVE && made[passed + 1].event != UFFD_EVENT_REMOVE;
-	if (!both && !(made[passed].event == UFFD_EVENT_FORK && made[passed + 1].event == UFFD_EVENT_REMOVE))
+	if (passes && !both &&
+	    !(made[passed].event == UFFD_EVENT_FORK && made[passed + 1].event == UFFD_EVENT_REMOVE))
 		return 0;
-	at[passed] = (uint8_t)(passed + 1);
-	at[passed + 1] = (uint8_t)passed;
+	if (passes) {
+		at[passed] = (uint8_t)(passed + 1);
+		at[passed + 1] = (uint8_t)passed;
+	}
 	for (uint32_t i = 0; i < count; i++) {
 		read[i] = made[at[i]];
 		kernel.child[i] = child_of[at[i]];
 	}
-	if (!both)
+	if (passes && !both)
 		read[passed + 1].overlapped = true;
 	lz_layout_order(read, count, truth, &kernel, order);
 	applied = kernel.before;
@@ -138,26 +164,26 @@ static int one_case(void)
 		found[order[i]] = applied;
 		change(&applied, &read[order[i]]);
 	}
-	if (memcmp(&applied, &kernel.now, sizeof(applied)))
-		return -1;
 	for (uint32_t i = 0; i < count; i++)
-		if (read[i].event == UFFD_EVENT_FORK && memcmp(&found[i], &kernel.child[i], sizeof(applied)))
-			return -1;
-	return 1;
+		if (read[i].event == UFFD_EVENT_FORK && !same(&found[i], &kernel.child[i]))
+			return passes ? -1 : -2;
+	return same(&applied, &kernel.now) ? 1 : passes ? -1 : -2;
 }
 
 int main(void)
 {
-	uint32_t right = 0, wrong = 0;
+	uint32_t right = 0, hidden = 0, disturbed = 0;
 
 	srand(1);
-	for (uint32_t i = 0; i < 3000000; i++) {
+	for (uint32_t i = 0; i < 6000000; i++) {
 		int result = one_case();
 
 		right += result > 0;
-		wrong += result < 0;
+		hidden += result == -1;
+		disturbed += result == -2;
 	}
-	printf("layout: %u orders found, %u hidden\n", right, wrong);
-	/* Taken as they were read, a third of these orders is wrong. */
-	return wrong * 1000 > right; /* what is hidden is a page left and entered again in one batch */
+	printf("layout: %u orders found, %u hidden, %u disturbed\n", right, hidden, disturbed);
+	/* What was read in order stays in order. Of what was not, nearly all is found; hidden is a page that was left
+	 * and entered again within one batch. */
+	return disturbed || right < 10000 || hidden * 200 > right;
 }
