@@ -34,13 +34,13 @@ static int uffd = -1;
 
 static uint64_t copy(uint64_t to, uint64_t from, uint64_t length)
 {
-	struct uffdio_copy c = {.dst = to, .src = (uint64_t)(uintptr_t)pages + from, .len = length};
+	struct uffdio_copy c = { .dst = to, .src = (uint64_t)(uintptr_t)pages + from, .len = length };
 	if (ioctl(uffd, UFFDIO_COPY, &c) == 0)
 		return length;
 	if (c.copy > 0)
 		return (uint64_t)c.copy;
 	if (c.copy == -EEXIST || errno == EEXIST) {
-		struct uffdio_range r = {to, PAGE};
+		struct uffdio_range r = { to, PAGE };
 		ioctl(uffd, UFFDIO_WAKE, &r);
 		return PAGE;
 	}
@@ -58,7 +58,7 @@ static void answer(uint64_t address)
 			high = middle;
 	}
 	if (low == count || extents[low].start > address) {
-		struct uffdio_zeropage z = {.range = {address, PAGE}};
+		struct uffdio_zeropage z = { .range = { address, PAGE } };
 		ioctl(uffd, UFFDIO_ZEROPAGE, &z);
 		return;
 	}
@@ -71,8 +71,10 @@ static void answer(uint64_t address)
 static int receive(int connection)
 {
 	char byte, control[CMSG_SPACE(sizeof(int))];
-	struct iovec iov = {&byte, 1};
-	struct msghdr m = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof(control)};
+	struct iovec iov = { &byte, 1 };
+	struct msghdr m = {
+		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof(control)
+	};
 	int32_t pid;
 	if (recv(connection, &pid, 4, MSG_WAITALL) != 4 || recvmsg(connection, &m, 0) != 1)
 		return -1;
@@ -87,7 +89,7 @@ int main(int argc, char **argv)
 	if (argc != 4)
 		return 2;
 	FILE *list = fopen(argv[2], "r");
-	struct extent e = {0};
+	struct extent e = { 0 };
 	while (list && fscanf(list, "%lu %lu %lu", &e.start, &e.length, &e.offset) == 3) {
 		extents = realloc(extents, (count + 1) * sizeof(e));
 		e.length *= PAGE;
@@ -98,7 +100,7 @@ int main(int argc, char **argv)
 	if (image < 0 || fstat(image, &st))
 		return 3;
 	pages = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED | MAP_POPULATE, image, 0);
-	struct sockaddr_un where = {.sun_family = AF_UNIX};
+	struct sockaddr_un where = { .sun_family = AF_UNIX };
 	snprintf(where.sun_path, sizeof(where.sun_path), "%s", argv[1]);
 	int listener = socket(AF_UNIX, SOCK_STREAM, 0);
 	if (pages == MAP_FAILED || bind(listener, (struct sockaddr *)&where, sizeof(where)) || listen(listener, 1))

@@ -91,7 +91,7 @@ static void wait_for_dump(void)
 		exit(4);
 	close(fd);
 	name(path, "go");
-	struct timespec nap = {0, 200000};
+	struct timespec nap = { 0, 200000 };
 	do
 		nanosleep(&nap, NULL);
 	while (access(path, F_OK) != 0);
@@ -161,7 +161,7 @@ static void fresh(size_t length, size_t used_length)
 	char *area = map(half + 2 * PAGE);
 	memset(area, 1, PAGE);
 	memset(area + half + PAGE, 1, PAGE);
-	char *parts[] = {heap, area + PAGE};
+	char *parts[] = { heap, area + PAGE };
 	wait_for_dump();
 	uint64_t begin = now_ns(), before = begin;
 	for (int part = 0; part < 2; part++) {

@@ -25,7 +25,7 @@ static double now(void)
 
 static int dial(const char *path)
 {
-	struct sockaddr_un to = {.sun_family = AF_UNIX};
+	struct sockaddr_un to = { .sun_family = AF_UNIX };
 	snprintf(to.sun_path, sizeof(to.sun_path), "%s", path);
 	for (int attempt = 0; attempt < 100000; attempt++) {
 		int fd = socket(AF_UNIX, SOCK_STREAM, 0);

@@ -195,7 +195,7 @@ static char *map_filled(size_t length)
 
 static void nap(long microseconds)
 {
-	struct timespec t = {microseconds / 1000000, microseconds % 1000000 * 1000};
+	struct timespec t = { microseconds / 1000000, microseconds % 1000000 * 1000 };
 	nanosleep(&t, NULL);
 }
 
@@ -255,8 +255,9 @@ static void start_readers(struct reader *readers, int count, char *memory, size_
 			  atomic_int *stop)
 {
 	for (int i = 0; i < count; i++) {
-		readers[i] =
-			(struct reader){.memory = memory, .length = length, .seed = fresh_seed() + (uint64_t)i * 77777};
+		readers[i] = (struct reader){ .memory = memory,
+					      .length = length,
+					      .seed = fresh_seed() + (uint64_t)i * 77777 };
 		readers[i].start = start;
 		readers[i].stop = stop;
 		NEED(pthread_create(&readers[i].thread, NULL, reader_main, &readers[i]) == 0);
@@ -374,8 +375,8 @@ static void forkstorm(void)
 			_exit(0);
 		}
 		if (i % 5 == 0) {
-			char *const arguments[] = {"true", NULL};
-			char *const environment[] = {NULL};
+			char *const arguments[] = { "true", NULL };
+			char *const environment[] = { NULL };
 			pid_t spawned;
 			NEED(posix_spawn(&spawned, "/bin/true", NULL, NULL, arguments, environment) == 0);
 			reap(spawned, 0);
@@ -601,7 +602,7 @@ static void advise(void)
 		NEED(madvise(p + at + KIB(512), KIB(256), MADV_DONTNEED) == 0);
 		if (at % MIB(2) == 0)
 			check(p + at + KIB(512), 0, PAGE, ZERO); /* read first */
-		fill(p + at + KIB(640), AT(p + at), PAGE, 6);  /* write first */
+		fill(p + at + KIB(640), AT(p + at), PAGE, 6);    /* write first */
 	}
 	for (size_t at = 0; at < length; at += MIB(1)) {
 		check_own(p + at, KIB(512));
@@ -782,7 +783,7 @@ static void syscalls(void)
 
 	struct iovec *iov = (struct iovec *)vectors;
 	for (int i = 0; i < 64; i++)
-		iov[i] = (struct iovec){vectors + KIB(8) * (size_t)(i + 1), KIB(8)};
+		iov[i] = (struct iovec){ vectors + KIB(8) * (size_t)(i + 1), KIB(8) };
 	NEED(preadv(fd, iov, 64, (off_t)MIB(1)) == (ssize_t)KIB(512));
 	check(vectors + KIB(8), AT(source + MIB(1)), KIB(512), DUMPED);
 	NEED(close(fd) == 0);
@@ -799,13 +800,13 @@ static void syscalls(void)
 	if (child == 0) {
 		char *copy = map_apart(length);
 		for (size_t at = 0; at < length; at += MIB(1)) {
-			struct iovec here = {copy + at, MIB(1)}, there = {remote + at, MIB(1)};
+			struct iovec here = { copy + at, MIB(1) }, there = { remote + at, MIB(1) };
 			ssize_t n = process_vm_readv(getppid(), &here, 1, &there, 1, 0);
 			if (n != (ssize_t)MIB(1))
 				fail("process_vm_readv: %zd: %s", n, strerror(errno));
 		}
 		check(copy, AT(remote), length, DUMPED);
-		struct iovec here = {copy, KIB(64)}, there = {remote + MIB(2) + 8, KIB(64)};
+		struct iovec here = { copy, KIB(64) }, there = { remote + MIB(2) + 8, KIB(64) };
 		fill(copy, AT(remote), KIB(64), 3);
 		NEED(process_vm_writev(getppid(), &here, 1, &there, 1, 0) == (ssize_t)KIB(64));
 		check_own(remote, length); /* its own copy is as it was */
@@ -1237,7 +1238,7 @@ static void storm(void)
 	for (int i = 0; i < PLACES; i++)
 		unit_at[i] = i < UNITS ? i : -1;
 	for (int i = 0; i < UNITS; i++) {
-		units[i] = (struct unit){.mapped = true, .place = i};
+		units[i] = (struct unit){ .mapped = true, .place = i };
 		for (size_t page = 0; page < UNIT_PAGES; page++)
 			if ((unsigned)i % 8 != 7) /* some are left untouched */
 				storm_write(i, page, DUMPED);
@@ -1260,32 +1261,32 @@ static const struct {
 	const char *name;
 	void (*run)(void);
 } scenarios[] = {
-	{"plain", plain},
-	{"threads", threads},
-	{"forks", forks},
-	{"forkstorm", forkstorm},
-	{"dontfork", dontfork},
-	{"wipeonfork", wipeonfork},
-	{"remap", remap},
-	{"regrow", regrow},
-	{"dontunmap", dontunmap},
-	{"unmap", unmap},
-	{"advise", advise},
-	{"cuts", cuts},
-	{"grow", grow},
-	{"syscalls", syscalls},
-	{"exec", exec_scenario},
-	{"after-exec", after_exec},
-	{"exits", exits},
-	{"killed", killed},
-	{"partly-killed", partly_killed},
-	{"tree", tree},
-	{"sparse", sparse},
-	{"zeros", zeros},
-	{"holes", holes},
-	{"manyvmas", manyvmas},
-	{"kinds", kinds},
-	{"storm", storm},
+	{ "plain", plain },
+	{ "threads", threads },
+	{ "forks", forks },
+	{ "forkstorm", forkstorm },
+	{ "dontfork", dontfork },
+	{ "wipeonfork", wipeonfork },
+	{ "remap", remap },
+	{ "regrow", regrow },
+	{ "dontunmap", dontunmap },
+	{ "unmap", unmap },
+	{ "advise", advise },
+	{ "cuts", cuts },
+	{ "grow", grow },
+	{ "syscalls", syscalls },
+	{ "exec", exec_scenario },
+	{ "after-exec", after_exec },
+	{ "exits", exits },
+	{ "killed", killed },
+	{ "partly-killed", partly_killed },
+	{ "tree", tree },
+	{ "sparse", sparse },
+	{ "zeros", zeros },
+	{ "holes", holes },
+	{ "manyvmas", manyvmas },
+	{ "kinds", kinds },
+	{ "storm", storm },
 };
 
 int main(int argc, char **argv)
