@@ -257,26 +257,3 @@ def test_one_signal_does_not_abandon_the_tasks(suite, number, dumped, tmp_path):
         harness.reap_group(saved.pid)
     assert saved.result == "ok\n", daemon.report()
     assert code == 0, daemon.report()
-
-
-@only_lazyd
-def test_a_second_signal_stops_the_tasks_rather_than_let_them_read_zeros(suite, dumped, tmp_path):
-    saved, work = dumped(suite, "plain"), tmp_path / "work"
-    (saved.state / "result").unlink(missing_ok=True)
-    (saved.state / "go").unlink(missing_ok=True)
-    daemon = harness.start_daemon(suite, saved.images, work, ("--fill-rate", "1M"))
-    try:
-        harness.criu_restore(suite, saved.images, work)
-        time.sleep(0.1)
-        daemon.process.send_signal(signal.SIGTERM)
-        time.sleep(0.003)  # the first one lets the fill run at full speed: 128 MiB take longer than this
-        daemon.process.send_signal(signal.SIGTERM)
-        code = daemon.wait(15)
-        (saved.state / "go").touch()
-        time.sleep(1)
-        said = saved.result
-    finally:
-        daemon.stop()
-        harness.reap_group(saved.pid)
-    assert said == "", f"the task ran on without its pages: {said}"
-    assert code != 0
