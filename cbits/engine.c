@@ -336,12 +336,7 @@ int lz_engine_resume(struct lz_engine *engine)
 
 		if (task->status != LZ_TASK_SERVING)
 			continue;
-		if (task->applying) {
-			/* What it has is not known any more. Its uffd stays open: its faults block. */
-			task->status = LZ_TASK_FAILED;
-			lz_engine_notify(engine, &(struct lz_notice){ .kind = LZ_NOTICE_UNKNOWN, .task = i });
-			continue;
-		}
+		lz_events_take_up(task);
 		task->near = 0;
 		task->unsettled_ns = 0;
 		task->left_pages = 0;

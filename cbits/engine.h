@@ -47,9 +47,15 @@ struct lz_task {
 	uint64_t probe_ns;      /* when to look whether its memory is still there */
 	uint64_t held_pages;    /* neither installed nor poisoned: their faults stay blocked */
 	uint64_t watched_ns;    /* when its unsettled layout was last looked at */
-	struct lz_event event[LZ_BATCH]; /* read, not applied yet: see layout.h */
+	struct lz_event event[LZ_BATCH_ROOM]; /* read, not applied yet: see layout.h */
 	uint32_t events;
-	uint32_t applying;      /* its space is being changed: after a crash it cannot be trusted */
+	/* How far applying them is, so that a process that goes on in the place of one that died does each once. */
+	uint32_t ordered;              /* events whose order is decided, in order; 0: none is being applied */
+	uint8_t order[LZ_BATCH_ROOM];
+	uint32_t progress;             /* atomic: twice the number applied, plus 1 while saved is the truth */
+	struct lz_space saved;         /* the regions before a change that is not complete */
+	uint32_t applying;             /* this process is at it */
+	uint32_t adopted_late;         /* taken up from a process that died in the middle: a fork may be there already */
 	uint32_t handed_back;   /* regions were looked at for what can go back to the kernel at once */
 	struct lz_stream stream[LZ_STREAMS];
 };

@@ -31,6 +31,14 @@ static void apply_fork(struct lz_worker *worker, struct lz_task *task, int uffd)
 	struct lz_task *child = NULL;
 	int result;
 
+	for (uint32_t i = task->number + 1; task->adopted_late; i++) {
+		const struct lz_task *other = lz_engine_task_at(engine, i);
+
+		if (!other)
+			break;
+		if (other->uffd == uffd && lz_is_serving(other))
+			return; /* the process that died had come that far */
+	}
 	lz_count(&worker->counters->forks, 1);
 	result = lz_space_fork(engine->arena, &task->space, &like.space);
 	if (!result) {
@@ -67,31 +75,51 @@ static void apply_fork(struct lz_worker *worker, struct lz_task *task, int uffd)
 					   .error = result });
 }
 
-static void apply_event(struct lz_worker *worker, struct lz_task *task, const struct lz_event *event)
+int lz_events_begin_change(struct lz_worker *worker, struct lz_task *task)
+{
+	int result = lz_space_save(worker->engine->arena, &task->space, &task->saved);
+
+	if (!result)
+		__atomic_store_n(&task->progress, task->progress | 1, __ATOMIC_RELEASE);
+	LZ_POINT("changing", 0);
+	return result;
+}
+
+void lz_events_end_change(struct lz_task *task, uint32_t applied)
+{
+	LZ_POINT("changed", 0);
+	__atomic_store_n(&task->progress, 2 * applied, __ATOMIC_RELEASE);
+}
+
+/* What an event does to what we know. A change of the regions is begun, and not ended, here. */
+static int apply_event(struct lz_worker *worker, struct lz_task *task, const struct lz_event *event)
 {
 	struct lz_arena *arena = worker->engine->arena;
-	int result = 0;
+	int result;
 
 	switch (event->event) {
 	case UFFD_EVENT_FORK:
 		apply_fork(worker, task, event->uffd);
-		break;
-	case UFFD_EVENT_REMAP:
-		drop_range(worker, task, event->to, event->to + (event->end - event->start));
-		result = lz_space_remap(arena, &task->space, event->start, event->to, event->end - event->start);
-		lz_uffd_wake(task->uffd, event->start, event->end - event->start);
-		break;
-	case UFFD_EVENT_REMOVE:
+		return 0;
+	case UFFD_EVENT_REMOVE: /* twice is as good as once */
 		drop_range(worker, task, event->start, event->end);
 		lz_space_remove(arena, &task->space, event->start, event->end);
+		return 0;
+	case UFFD_EVENT_REMAP:
+		drop_range(worker, task, event->to, event->to + (event->end - event->start));
+		result = lz_events_begin_change(worker, task);
+		if (!result)
+			result = lz_space_remap(arena, &task->space, event->start, event->to,
+						event->end - event->start);
 		break;
 	default: /* UFFD_EVENT_UNMAP */
 		drop_range(worker, task, event->start, event->end);
-		result = lz_space_unmap(arena, &task->space, event->start, event->end);
-		lz_uffd_wake(task->uffd, event->start, event->end - event->start);
+		result = lz_events_begin_change(worker, task);
+		if (!result)
+			result = lz_space_unmap(arena, &task->space, event->start, event->end);
 	}
-	if (result < 0 && lz_is_serving(task))
-		lz_task_fail(worker, task, result);
+	lz_uffd_wake(task->uffd, event->start, event->end - event->start);
+	return result;
 }
 
 struct question {
@@ -112,42 +140,69 @@ static enum lz_truth registered(void *context, int child, uint64_t address)
 	return result == -EFAULT ? LZ_REGISTERED : result == -ENOENT ? LZ_NOT_REGISTERED : LZ_UNKNOWN;
 }
 
-/* Apply the batch of events in the order given. */
-static void apply_in_order(struct lz_worker *worker, struct lz_task *task, const uint8_t *order)
+/* Apply what is ordered, from where that has come to. */
+static void apply_ordered(struct lz_worker *worker, struct lz_task *task)
 {
-	struct lz_event batch[LZ_BATCH];
-	uint32_t count = task->events;
+	const uint32_t ordered = task->ordered;
 
-	memcpy(batch, task->event, sizeof(batch));
-	__atomic_store_n(&task->applying, 1, __ATOMIC_RELEASE);
-	LZ_POINT("events-applying", 0);
-	task->events = 0;
-	worker->outstanding--;
+	task->applying = 1;
 	task->fill_region = 0;
 	task->near = 0;
 	lz_task_settle(task);
-	for (uint32_t i = 0; i < count; i++) {
+	for (uint32_t i = task->progress / 2; i < ordered; i++) {
+		const struct lz_event *event = &task->event[task->order[i]];
+		int result = 0;
+
 		if (lz_is_serving(task))
-			apply_event(worker, task, &batch[order[i]]);
-		else if (batch[order[i]].event == UFFD_EVENT_FORK) /* no longer known what it has: it waits for ever */
+			result = apply_event(worker, task, event);
+		else if (event->event == UFFD_EVENT_FORK) /* no longer known what it has: it waits for ever */
 			lz_notify(worker, (struct lz_notice){ .kind = LZ_NOTICE_HELD, .task = task->number });
+		lz_events_end_change(task, i + 1);
+		if (result < 0)
+			lz_task_fail(worker, task, result);
 	}
-	__atomic_store_n(&task->applying, 0, __ATOMIC_RELEASE);
+	/* More may have come while a task that fails was read out. */
+	memmove(task->event, &task->event[ordered], (task->events - ordered) * sizeof(task->event[0]));
+	__atomic_store_n(&task->events, task->events - ordered, __ATOMIC_RELEASE);
+	__atomic_store_n(&task->ordered, 0, __ATOMIC_RELEASE);
+	__atomic_store_n(&task->progress, 0, __ATOMIC_RELEASE);
+	task->adopted_late = 0;
+	task->applying = 0;
+	worker->outstanding -= !task->events;
 }
 
-static void find_order(struct lz_worker *worker, struct lz_task *task, uint8_t *order)
+static void find_order(struct lz_worker *worker, struct lz_task *task)
 {
 	struct question question = { worker, task };
 
-	lz_layout_order(task->event, task->events, registered, &question, order);
+	for (uint32_t i = 0; i < task->events; i++)
+		task->order[i] = (uint8_t)i;
+	if (task->events <= LZ_BATCH)
+		lz_layout_order(task->event, task->events, registered, &question, task->order);
 }
 
 void lz_events_apply(struct lz_worker *worker, struct lz_task *task)
 {
-	uint8_t order[LZ_BATCH];
+	if (!task->ordered) {
+		find_order(worker, task);
+		__atomic_store_n(&task->ordered, task->events, __ATOMIC_RELEASE);
+	}
+	apply_ordered(worker, task);
+}
 
-	find_order(worker, task, order);
-	apply_in_order(worker, task, order);
+void lz_events_take_up(struct lz_task *task)
+{
+	if (task->progress & 1)
+		lz_space_restore(&task->space, &task->saved);
+	task->progress &= ~1U;
+	if (task->ordered && task->events < task->ordered) { /* all were applied, and just that not written down */
+		task->ordered = 0;
+		task->progress = 0;
+	}
+	if (!task->events)
+		task->progress = 0;
+	task->adopted_late = 1;
+	task->applying = 0;
 }
 
 /* What a message says, as an event; false for one that is not a layout event. */
@@ -178,15 +233,13 @@ void lz_events_recover(struct lz_task *task, const struct uffd_msg *message)
 	const struct lz_event *last = task->events ? &task->event[task->events - 1] : NULL;
 	struct lz_event event;
 
-	if (!event_of(message, &event) || task->applying)
-		return; /* a fault asks again; a space that is not known needs no events */
+	if (!event_of(message, &event))
+		return; /* a fault asks again */
 	if (last && last->event == event.event && last->start == event.start && last->end == event.end &&
 	    last->to == event.to && last->uffd == event.uffd)
 		return; /* kept already, and its message not cleared yet */
-	if (task->events == LZ_BATCH)
-		task->applying = 1; /* no room to keep it */
-	else
-		task->event[task->events++] = event;
+	assert(task->events < LZ_BATCH_ROOM); /* a batch, and as many messages as are read at once */
+	task->event[task->events++] = event;
 }
 
 static void keep_event(struct lz_worker *worker, struct lz_task *task, const struct uffd_msg *message, uint64_t now)
@@ -204,9 +257,9 @@ static void keep_event(struct lz_worker *worker, struct lz_task *task, const str
 		lz_count(&worker->counters->remaps, 1);
 	else
 		lz_count(event.event == UFFD_EVENT_REMOVE ? &worker->counters->removes : &worker->counters->unmaps, 1);
-	if (task->events == LZ_BATCH)
+	if (task->events >= LZ_BATCH && !task->applying)
 		lz_events_apply(worker, task);
-	if (!lz_is_serving(task))
+	if (!lz_is_serving(task) || task->events == LZ_BATCH_ROOM)
 		return;
 	if (!task->events)
 		worker->outstanding++;
@@ -271,7 +324,6 @@ uint32_t lz_events_read(struct lz_worker *worker, struct lz_task *task, uint64_t
  */
 bool lz_events_settle(struct lz_worker *worker, struct lz_task *task)
 {
-	uint8_t order[LZ_BATCH];
 	uint64_t now;
 
 	if (!task->events)
@@ -284,9 +336,12 @@ bool lz_events_settle(struct lz_worker *worker, struct lz_task *task)
 		return false;
 	}
 	/* Settled, or the memory is gone: a child that it forked is not. */
-	find_order(worker, task, order);
-	if (task->events > 1 && lz_uffd_settled(task->uffd) == -EAGAIN)
-		return false; /* another change has begun, and the answers may be about it */
-	apply_in_order(worker, task, order);
+	if (!task->ordered) {
+		find_order(worker, task);
+		if (task->events > 1 && lz_uffd_settled(task->uffd) == -EAGAIN)
+			return false; /* another change has begun, and the answers may be about it */
+		__atomic_store_n(&task->ordered, task->events, __ATOMIC_RELEASE);
+	}
+	apply_ordered(worker, task);
 	return true;
 }

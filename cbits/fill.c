@@ -47,9 +47,9 @@ static void hand_back(struct lz_worker *worker, struct lz_task *task, uint32_t n
 	if (!done)
 		return;
 	lz_count(&worker->counters->unregistered_pages, PAGES(end - start));
-	task->applying = 1;
-	(void)lz_space_unmap(arena, &task->space, start, end); /* ends at region ends: nothing is cut */
-	__atomic_store_n(&task->applying, 0, __ATOMIC_RELEASE);
+	if (!lz_events_begin_change(worker, task))
+		(void)lz_space_unmap(arena, &task->space, start, end); /* ends at region ends: nothing is cut */
+	lz_events_end_change(task, 0);
 	task->fill_region = 0;
 }
 

@@ -273,7 +273,6 @@ enum lz_notice_kind {
 	LZ_NOTICE_SOURCE_CHANGED = 6,  /* the pages image (source) was written or cut while it was served */
 	LZ_NOTICE_TASK_FAILED = 7,     /* the task cannot be served any more: error why; its missing pages are poisoned */
 	LZ_NOTICE_LOST = 8,            /* value notices were dropped because nobody read them */
-	LZ_NOTICE_UNKNOWN = 10, /* this task's layout was being changed when a process died: only its faults block; kill it */
 	LZ_NOTICE_SUSPECT = 9,         /* pages at address may have been installed from a source that was cut meanwhile */
 };
 

@@ -185,6 +185,32 @@ int lz_space_fork(struct lz_arena *arena, const struct lz_space *parent, struct 
 	return 0;
 }
 
+int lz_space_save(struct lz_arena *arena, const struct lz_space *space, struct lz_space *saved)
+{
+	struct lz_space copy = *space;
+
+	if (saved->region_capacity < space->regions) {
+		uint64_t offset = lz_arena_alloc(arena, space->region_capacity * sizeof(struct lz_region));
+
+		if (!offset)
+			return -ENOMEM;
+		lz_arena_release(arena, saved->regions_offset, saved->region_capacity * sizeof(struct lz_region));
+		saved->regions_offset = offset;
+		saved->region_capacity = space->region_capacity;
+	}
+	copy.regions_offset = saved->regions_offset;
+	copy.region_capacity = saved->region_capacity;
+	*saved = copy;
+	memcpy(regions_of(arena, saved), regions_of(arena, space), space->regions * sizeof(struct lz_region));
+	return 0;
+}
+
+void lz_space_restore(struct lz_space *space, struct lz_space *saved)
+{
+	*space = *saved; /* what the array was that is replaced is not known for sure: it is left */
+	memset(saved, 0, sizeof(*saved));
+}
+
 void lz_space_drop(struct lz_arena *arena, struct lz_space *space)
 {
 	if (space->table_offset) {

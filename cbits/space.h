@@ -11,6 +11,10 @@ const struct lz_extent *lz_space_extent(struct lz_arena *arena, const struct lz_
 /* Length in pages of the run from a region's page on, at most `pages`, that is all missing (or all not). */
 uint64_t lz_space_state_run(struct lz_arena *arena, const struct lz_space *space, const struct lz_region *region,
 			    uint64_t page, uint64_t pages, bool missing);
+/* Keep a copy of a space's regions in *saved, whose array is its own and is used again. */
+int lz_space_save(struct lz_arena *arena, const struct lz_space *space, struct lz_space *saved);
+/* Put the regions back as they were saved; *saved is used up. */
+void lz_space_restore(struct lz_space *space, struct lz_space *saved);
 /*
  * Find the regions that touch a done region end to end. True, and which, when all of them are done: only then does
  * no VMA that they share with others hold a missing page.

@@ -6,6 +6,7 @@
 #include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/epoll.h>
 #include <time.h>
 #include <unistd.h>
@@ -41,6 +42,8 @@ int lz_task_adopt(struct lz_worker *worker, struct lz_task *task)
 void lz_task_end(struct lz_worker *worker, struct lz_task *task, enum lz_task_status status,
 		     struct lz_notice notice)
 {
+	struct lz_arena *arena = worker->engine->arena;
+	const int uffd = task->uffd;
 	uint32_t kept = 0;
 
 	for (uint32_t i = 0; i < worker->tasks; i++) {
@@ -54,10 +57,14 @@ void lz_task_end(struct lz_worker *worker, struct lz_task *task, enum lz_task_st
 			worker->pending[kept++] = worker->pending[i];
 	}
 	worker->pendings = kept;
-	close(task->uffd); /* epoll forgets it with its last descriptor */
-	task->uffd = -1;
-	lz_space_drop(worker->engine->arena, &task->space);
+	/* In this order: a process that dies here must not leave a number that another descriptor gets. */
 	__atomic_store_n(&task->status, status, __ATOMIC_RELEASE);
+	task->uffd = -1;
+	close(uffd); /* epoll forgets it with its last descriptor */
+	lz_space_drop(arena, &task->space);
+	lz_arena_release(arena, task->saved.regions_offset,
+			 task->saved.region_capacity * sizeof(struct lz_region));
+	memset(&task->saved, 0, sizeof(task->saved));
 	notice.task = task->number;
 	lz_notify(worker, notice);
 }

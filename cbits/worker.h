@@ -80,6 +80,11 @@ bool lz_events_settle(struct lz_worker *worker, struct lz_task *task);
 /* Apply them now. */
 void lz_events_apply(struct lz_worker *worker, struct lz_task *task);
 
+/* Around a change of a task's regions: if this process dies in between, the next one finds them as they were. */
+int lz_events_begin_change(struct lz_worker *worker, struct lz_task *task);
+void lz_events_end_change(struct lz_task *task, uint32_t applied);
+/* Make a task that a dead process served fit to be served; before any worker runs. */
+void lz_events_take_up(struct lz_task *task);
 /* Keep an event that was read by a process that is dead; before any worker runs. */
 void lz_events_recover(struct lz_task *task, const struct uffd_msg *message);
 

@@ -126,8 +126,11 @@ def _serve(options: Options, log: Log, statistics_path: Path | None) -> int:
             os.close(ready)
 
         def serve_life(life: Life) -> int:
-            with session, stack.pop_all():
-                outcome = session.run(listener) if life is Life.FIRST else session.resume(life)
+            with session:
+                try:
+                    outcome = session.run(listener) if life is Life.FIRST else session.resume(life)
+                finally:
+                    listener.unlink()
                 return _conclude(outcome, log, statistics_path)
 
         code = keep(serve_life, log.error)

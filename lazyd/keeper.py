@@ -72,8 +72,7 @@ def keep(serve: Callable[[Life], int], report: Callable[[str], None]) -> int:
 
 
 def _serve_and_exit(serve: Callable[[Life], int], life: Life, mask: set[int | signal.Signals]) -> None:
-    """Serve in a child, and never return from it."""
-    code = 1
+    """Serve in a child, and never return from it. A bug ends it by SIGABRT: another goes on, as after a crash."""
     try:
         # A terminal's Ctrl-C must come once, through the keeper: not to its whole process group.
         os.setpgid(0, 0)
@@ -85,10 +84,11 @@ def _serve_and_exit(serve: Callable[[Life], int], life: Life, mask: set[int | si
         import traceback  # noqa: PLC0415  slow to import, and needed by bugs only
 
         traceback.print_exc()
-    finally:
-        sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        os.abort()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _wait(child: int) -> int:

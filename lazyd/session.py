@@ -91,7 +91,8 @@ class Session:
         self._is_finished = False
         self._last_signal: float | None = None
         self._end: _End | None = None
-        self._selector = selectors.DefaultSelector()
+        # Not epoll: its state would be shared with, and left behind by, a process that dies (see keeper).
+        self._selector = selectors.PollSelector()
         self._connection: Connection | None = None
         # Before the images: it raises the limit of open files, and a long chain has many of them.
         self._engine = Engine(workers=settings.workers, fill=settings.fill, fill_rate=settings.fill_rate)
@@ -367,11 +368,6 @@ class Session:
                     f"{who}: {pages} may be wrong: {source} was cut while they were copied;"
                     f" {self._stop_task(notice.task)}"
                 )
-            case NoticeKind.UNKNOWN:
-                self._fail(
-                    f"{who}: its layout was being changed when the serving process died, so what it misses is"
-                    f" not known any more; {self._kill_task(notice.task)}"
-                )
             case NoticeKind.TASK_FAILED:
                 missed = f", {notice.value} pages could not be" if notice.value else ""
                 self._fail(f"{who}: cannot be served any more ({why}): what was missing is poisoned{missed}")
@@ -385,13 +381,6 @@ class Session:
         if target is not None and target.stop():
             return f"pid {target.pid} is stopped"
         return "it could not be stopped: kill it"
-
-    def _kill_task(self, number: int) -> str:
-        """Kill a task that cannot be served or poisoned; what came of it, in words."""
-        target = self._targets.get(number)
-        if target is not None and target.kill():
-            return f"pid {target.pid} is killed"
-        return "kill it: it waits, and reads zeros when this daemon ends"
 
     def _name(self, number: int) -> str:
         try:

@@ -67,13 +67,6 @@ class Target:
             return _state(self.pid) in "ZX"
         return True
 
-    def kill(self) -> bool:
-        """Kill the task; False if it is gone or may not be killed."""
-        with contextlib.suppress(OSError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            return True
-        return False
-
     def stop(self) -> bool:
         """Send SIGSTOP; False if the task is gone."""
         try:

@@ -829,21 +829,36 @@ static void test_killed_at_event(void)
 	}
 }
 
-/* Killed while what is known of the task is being changed: it is not served by a guess, and it does not run on. */
+/* Killed while what is known of the task is being changed: the change is made once, by the next. */
 static void test_killed_while_applying(void)
 {
-	struct scene scene = { .pages = 64, .fill = LZ_FILL_OFF, .vmas = 1, .guarded = true };
-	struct lz_notice notice = { 0 };
+	static const char *const points[] = { "changing", "changed" };
 
-	set_up(&scene);
-	die_at("events-applying", 0);
-	begin(&control->slot[0], DROP, BASE + 8 * PAGE, 0, 4 * PAGE);
-	take_over(0);
-	CHECK(lz_engine_next_notice(engine, &notice) && notice.kind == LZ_NOTICE_UNKNOWN);
-	CHECK(finish(&control->slot[0]) == 0);
-	begin(&control->slot[0], READ, BASE + 30 * PAGE, 0, 0);
-	CHECK(blocks(&control->slot[0]));
-	tear_down();
+	for (int i = 0; i < 2; i++) {
+		struct scene scene = { .pages = 64, .fill = LZ_FILL_OFF, .vmas = 1, .guarded = true };
+
+		set_up(&scene);
+		die_at(points[i], 0);
+		begin(&control->slot[0], MOVE, BASE + 16 * PAGE, AWAY, 8 * PAGE);
+		take_over(1);
+		CHECK(finish(&control->slot[0]) == 0);
+		for (uint32_t page = 0; page < 8; page++)
+			CHECK(run(0, READ, AWAY + page * PAGE, 0, 0) == word_at(BASE + (16 + page) * PAGE));
+		check_pages(BASE, BASE, 0, 16, 64);
+		check_pages(BASE, BASE, 24, 64, 64);
+		tear_down();
+
+		set_up(&scene);
+		die_at("changed", 0);
+		begin(&control->slot[0], FORK, 0, 0, 0);
+		take_over(2);
+		CHECK(finish(&control->slot[0]) == 0);
+		for (uint32_t page = 0; page < 56; page++)
+			CHECK(run_child(READ, BASE + page * PAGE, 0, 0) == (page == 3 ? 0 : word_at(BASE + page * PAGE)));
+		check_pages(BASE, BASE, 0, 64, 64);
+		CHECK(totals().tasks == 2);
+		tear_down();
+	}
 }
 
 /* Killed while a range is handed back: what is moved there meanwhile is still served. */

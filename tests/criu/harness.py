@@ -204,10 +204,33 @@ class Daemon:
         return tail(self.output) + "\n" + tail(self.work / "lazy-pages.log")
 
     def stop(self) -> None:
-        """End it, whatever it is doing."""
+        """End it, whatever it is doing, with every process of its own: one may outlive the other on purpose."""
+        family = descendants(self.process.pid)
+        if self.process.poll() is None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.5)
+        family += [pid for pid in descendants(self.process.pid) if pid not in family]
+        for pid in family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        for pid in family:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the pids of a process's children and theirs."""
+    found, at = [pid], 0
+    while at < len(found):
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{found[at]}/task").iterdir():
+                found += [int(child) for child in (task / "children").read_text().split()]
+        at += 1
+    return found[1:]
 
 
 def start_daemon(suite: str, images: Path, work: Path, extra: tuple[str, ...] = ()) -> Daemon:
