@@ -204,7 +204,7 @@ class Daemon:
         return tail(self.output) + "\n" + tail(self.work / "lazy-pages.log")
 
     def stop(self) -> None:
-        """End it, whatever it is doing, with every process of its own: one may outlive the other on purpose."""
+        """End it, whatever it does, with every process of its own: one may outlive another on purpose."""
         family = descendants(self.process.pid)
         if self.process.poll() is None:
             self.process.terminate()
