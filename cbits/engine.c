@@ -337,6 +337,8 @@ int lz_engine_resume(struct lz_engine *engine)
 		if (task->status != LZ_TASK_SERVING)
 			continue;
 		lz_events_take_up(task);
+		lz_space_forget_asked(engine->arena, &task->space);
+		task->held_pages = 0;
 		task->near = 0;
 		task->unsettled_ns = 0;
 		task->left_pages = 0;

@@ -4,6 +4,7 @@
 #define LZ_ENGINE_H
 
 #include "abi.h"
+#include "helper.h"
 #include "io.h"
 #include "layout.h"
 #include "space.h"
@@ -37,9 +38,14 @@ struct lz_task {
 	uint32_t worker;
 	uint32_t fill_region;   /* regions before it are done */
 	uint32_t stream_clock;
+	uint64_t help_at;       /* run address where the helper's half goes on; 0: not begun */
+	uint32_t help_done;     /* its half is full: it goes on where the worker does */
+	uint32_t jobs;          /* of it that the helper has */
+	uint32_t scatter;       /* how random its faults have been of late: up to SCATTER_MOST */
 	uint32_t backoff_ns;    /* next wait after an EAGAIN */
 	uint64_t image_pages;
 	uint64_t left_pages;    /* atomic for readers */
+	uint64_t last_fault;    /* run address */
 	uint64_t near;          /* run address where background fill goes on after a fault; 0: none */
 	uint64_t empty_ns;      /* when its queue was last seen empty */
 	uint64_t fault_ns;      /* when it last faulted */
@@ -101,6 +107,7 @@ struct lz_worker {
 	struct lz_task **task;
 	struct lz_pending pending[LZ_PENDING + LZ_READS];
 	pthread_mutex_t inbox_lock;
+	struct lz_helper helper;
 	uint16_t resident_source; /* bytes [resident_start, resident_end) of it were in memory a moment ago */
 	uint64_t resident_start;
 	uint64_t resident_end;

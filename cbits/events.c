@@ -194,6 +194,7 @@ void lz_events_take_up(struct lz_task *task)
 {
 	if (task->progress & 1)
 		lz_space_restore(&task->space, &task->saved);
+	task->jobs = 0;
 	task->progress &= ~1U;
 	if (task->ordered && task->events < task->ordered) { /* all were applied, and just that not written down */
 		task->ordered = 0;
@@ -279,9 +280,15 @@ uint32_t lz_events_read(struct lz_worker *worker, struct lz_task *task, uint64_t
 	struct uffd_msg aside[LZ_MESSAGES]; /* called while messages are being looked at: the task is ending */
 	struct uffd_msg *message = faults ? worker->flight->message : aside;
 	uint32_t found = 0;
+	bool is_held = false;
 
 	if (faults)
 		worker->flight->task = task->number;
+	/* What is read lets the task go on: no copy may be on its way that was decided before. */
+	if (task->jobs) {
+		lz_helper_hold(worker);
+		is_held = true;
+	}
 
 	while (lz_is_serving(task)) {
 		uint64_t before = lz_now_ns();
@@ -304,8 +311,10 @@ uint32_t lz_events_read(struct lz_worker *worker, struct lz_task *task, uint64_t
 			uint64_t address = message[i].arg.pagefault.address & ~(LZ_PAGE_SIZE - 1);
 			bool is_fault = message[i].event == UFFD_EVENT_PAGEFAULT;
 
-			if (!is_fault)
+			if (!is_fault) {
+				lz_helper_recall(worker, task);
 				keep_event(worker, task, &message[i], lz_now_ns());
+			}
 			__atomic_store_n(&message[i].event, 0, __ATOMIC_RELEASE);
 			if (!is_fault)
 				continue;
@@ -316,6 +325,8 @@ uint32_t lz_events_read(struct lz_worker *worker, struct lz_task *task, uint64_t
 				lz_uffd_wake(task->uffd, address, LZ_PAGE_SIZE);
 		}
 	}
+	if (is_held)
+		lz_helper_release(worker);
 	return found;
 }
 

@@ -6,7 +6,11 @@
 #include <errno.h>
 
 #define ZERO_WINDOW_PAGES 512U
-#define COPY_WINDOW_PAGES 64U
+#define COPY_WINDOW_PAGES 128U
+#define STREAM_REACH_PAGES 256U /* the fill goes on ahead of a stream, so its next fault is that much later */
+#define NEIGHBOUR_PAGES 32U /* a fault that close to the one before shows that neighbours are worth bringing */
+#define SCATTER_RANDOM 8U   /* from here on faults are random: what is around them is not what comes next */
+#define SCATTER_MOST 16U
 
 /* Find the forward stream that a fault belongs to, or begin one in the place of the oldest. */
 static struct lz_stream *stream_of(struct lz_task *task, uint64_t address)
@@ -17,7 +21,7 @@ static struct lz_stream *stream_of(struct lz_task *task, uint64_t address)
 	for (uint32_t i = 0; i < LZ_STREAMS; i++) {
 		struct lz_stream *stream = &task->stream[i];
 
-		if (address >= stream->next && address < stream->next + BYTES(16) && stream->next) {
+		if (address >= stream->next && address < stream->next + BYTES(STREAM_REACH_PAGES) && stream->next) {
 			stream->streak++;
 			stream->age = task->stream_clock;
 			return stream;
@@ -27,6 +31,23 @@ static struct lz_stream *stream_of(struct lz_task *task, uint64_t address)
 	}
 	*oldest = (struct lz_stream){ .age = task->stream_clock };
 	return oldest;
+}
+
+/* Learn from where a fault is whether faults come near each other. */
+static void note_scatter(struct lz_task *task, const struct lz_stream *stream, uint64_t address)
+{
+	uint64_t distance = address > task->last_fault ? address - task->last_fault : task->last_fault - address;
+
+	if (stream->streak || distance <= BYTES(NEIGHBOUR_PAGES))
+		task->scatter = task->scatter > 4 ? task->scatter - 4 : 0;
+	else if (task->scatter < SCATTER_MOST)
+		task->scatter++;
+	task->last_fault = address;
+}
+
+static bool fill_is_off(struct lz_worker *worker)
+{
+	return __atomic_load_n(&worker->engine->shared->fill, __ATOMIC_RELAXED) == LZ_FILL_OFF;
 }
 
 static uint64_t window_of(const struct lz_stream *stream, uint64_t most)
@@ -88,10 +109,11 @@ static int answer(struct lz_worker *worker, struct lz_task *task, uint64_t addre
 		 * wakes. Or it is not there, in memory that a fork has wiped: zeros are what it holds. */
 		return lz_install_zeros(worker, task, address, 1);
 	}
-	if (state == LZ_ASKED)
+	if (state == LZ_ASKED && !task->jobs)
 		return 0; /* held back: nothing can be given */
 
 	stream = stream_of(task, address);
+	note_scatter(task, stream, address);
 	extent = lz_space_extent(arena, space, image_address, &gap_end);
 	if (state == LZ_REMOVED || !extent || extent->kind == LZ_KIND_ZERO) {
 		if (state == LZ_REMOVED) {
@@ -118,6 +140,26 @@ static int answer(struct lz_worker *worker, struct lz_task *task, uint64_t addre
 	struct lz_run run;
 
 	pages = window_of(stream, COPY_WINDOW_PAGES);
+	if (state == LZ_ASKED) {
+		/* The helper has it, and may be a while: the same bytes from here, as far as it has them. */
+		uint64_t most = PAGES(extent->start + BYTES(extent->pages) - image_address);
+
+		if (extent->kind != LZ_KIND_DUMPED)
+			return 0;
+		run = (struct lz_run){
+			.start = address,
+			.pages = 1,
+			.offset = extent->offset + (image_address - extent->start),
+			.source = extent->source,
+			.kind = LZ_KIND_DUMPED,
+		};
+		while (run.pages < pages && run.pages < LZ_JOB_PAGES / 4 && run.pages < most &&
+		       page + run.pages < region->pages &&
+		       lz_space_state(arena, space, address + BYTES(run.pages)) == LZ_ASKED)
+			run.pages++;
+		stream->next = address + BYTES(run.pages);
+		return lz_install_run(worker, task, &run, LZ_BY_FAULT);
+	}
 	if (!lz_space_next_missing(arena, space, (uint32_t)number, page, page + 1, 1, &run))
 		return -EUCLEAN; /* the state said missing and the table has it */
 	if (pages > 1 && lz_space_next_missing(arena, space, (uint32_t)number, page, page + pages, pages, &run))
@@ -142,9 +184,16 @@ static int answer(struct lz_worker *worker, struct lz_task *task, uint64_t addre
 	result = lz_install_run(worker, task, &run, LZ_BY_FAULT);
 	if (!lz_is_serving(task))
 		return result;
-	/* What is around it goes next: the block it is in, or, in a stream, what follows. */
-	task->near = stream->streak ? stream->next : address & ~(BYTES(16) - 1);
-	if (task->near < region->start)
+	/*
+	 * What is around it goes next: the block it is in, or, in a stream, what follows. Faults all over the place show
+	 * that neither is of use: then the fill goes on in order, whose copies are large and whose source is read
+	 * forward, and that ends the faults soonest.
+	 */
+	if (stream->streak)
+		task->near = stream->next;
+	else if (task->scatter < SCATTER_RANDOM || fill_is_off(worker))
+		task->near = address & ~(BYTES(16) - 1);
+	if (task->near && task->near < region->start)
 		task->near = region->start;
 	return result;
 }

@@ -7,7 +7,9 @@
 #include <sys/mman.h>
 
 #define ACTIVE_NS 1000000U          /* a task that faulted within this time gets small chunks of fill */
+#define ACTIVE_FILL_PAGES 32U
 #define IDLE_CHUNK_PAGES 64U
+#define HELP_PAGES 256U             /* less than this is not worth a helper */
 #define CHUNK_COPIES 16U            /* copies in one chunk, however small */
 #define NEAR_PAGES 2048U            /* how far behind a fault the fill looks before it goes on elsewhere */
 #define RATE_BURST_BYTES (1U << 20)
@@ -73,6 +75,8 @@ bool lz_fill_next(struct lz_worker *worker, struct lz_task *task, uint64_t most,
 			*number = i;
 			return true;
 		}
+		if (task->jobs)
+			continue; /* what the helper has may come back */
 		region->fill_page = region->pages;
 		region->flags |= LZ_REGION_DONE;
 		if (__atomic_load_n(&worker->engine->shared->finished, __ATOMIC_ACQUIRE)) {
@@ -84,6 +88,22 @@ bool lz_fill_next(struct lz_worker *worker, struct lz_task *task, uint64_t most,
 		}
 	}
 	return false;
+}
+
+void lz_fill_again(struct lz_worker *worker, struct lz_task *task, uint64_t address)
+{
+	struct lz_arena *arena = worker->engine->arena;
+	int64_t number = lz_space_find(arena, &task->space, address);
+
+	if (number >= 0) {
+		struct lz_region *region = LZ_AT(arena, struct lz_region, task->space.regions_offset) + number;
+		uint64_t page = PAGES(address - region->start);
+
+		if (page < region->fill_page)
+			region->fill_page = page;
+		region->flags &= ~(uint32_t)LZ_REGION_DONE;
+		task->fill_region = 0;
+	}
 }
 
 /* The first look after the restore is finished: VMAs without image bytes go back at once. */
@@ -108,7 +128,7 @@ static void hand_back_empty(struct lz_worker *worker, struct lz_task *task)
 /* Nothing is missing any more: close the uffd, unless a page is held back whose faults must stay blocked. */
 bool lz_fill_done(struct lz_worker *worker, struct lz_task *task)
 {
-	if (task->held_pages)
+	if (task->held_pages || task->jobs)
 		return false;
 	lz_task_end(worker, task, LZ_TASK_FILLED, (struct lz_notice){ .kind = LZ_NOTICE_TASK_FILLED });
 	return true;
@@ -164,16 +184,83 @@ static bool fetched_for_fill(struct lz_worker *worker, struct lz_run *run, bool 
 	return true;
 }
 
+/* The run address in the middle of a task's regions. */
+static uint64_t middle_of(struct lz_worker *worker, const struct lz_task *task)
+{
+	struct lz_arena *arena = worker->engine->arena;
+	uint64_t pages = 0, half;
+
+	for (uint32_t i = 0; i < task->space.regions; i++)
+		pages += lz_space_region(arena, &task->space, i)->pages;
+	half = pages / 2;
+	for (uint32_t i = 0; i < task->space.regions; i++) {
+		const struct lz_region *region = lz_space_region(arena, &task->space, i);
+
+		if (half < region->pages)
+			return region->start + BYTES(half);
+		half -= region->pages;
+	}
+	return 0;
+}
+
+/*
+ * The next run for the helper: from the middle to the end, far from where the worker fills and where a program that
+ * reads forward is likely to be, and then what is left.
+ */
+static bool next_to_help(struct lz_worker *worker, struct lz_task *task, struct lz_run *run)
+{
+	struct lz_arena *arena = worker->engine->arena;
+	uint32_t number;
+
+	if (!task->help_at && !task->help_done)
+		task->help_at = middle_of(worker, task);
+	while (!task->help_done) {
+		const struct lz_region *region;
+		uint64_t page;
+
+		number = lz_space_first_after(arena, &task->space, task->help_at);
+		region = lz_space_region(arena, &task->space, number);
+		if (!region) {
+			task->help_done = 1;
+			break;
+		}
+		page = task->help_at > region->start ? PAGES(task->help_at - region->start) : 0;
+		if (lz_space_next_missing(arena, &task->space, number, page, region->pages, LZ_JOB_PAGES, run)) {
+			task->help_at = run->start + BYTES(run->pages);
+			return true;
+		}
+		task->help_at = region->start + BYTES(region->pages);
+	}
+	return lz_fill_next(worker, task, LZ_JOB_PAGES, run, &number);
+}
+
+/* Keep the helper in work. */
+static void give_to_helper(struct lz_worker *worker, struct lz_task *task, uint64_t now)
+{
+	lz_helper_harvest(worker);
+	while (lz_helper_has_room(worker, now)) {
+		struct lz_run run;
+
+		if (!next_to_help(worker, task, &run) || run.kind != LZ_KIND_DUMPED ||
+		    lz_resident_bytes(worker, run.source, run.offset,
+								    run.offset + BYTES(run.pages)) < BYTES(run.pages))
+			return;
+		lz_helper_give(worker, task, &run);
+	}
+}
+
 /* One bounded chunk of background fill for a task. True when something was done. */
 static bool fill_task(struct lz_worker *worker, struct lz_task *task, uint64_t now)
 {
 	struct lz_engine *engine = worker->engine;
 	struct lz_arena *arena = engine->arena;
-	uint64_t budget = now - task->fault_ns < ACTIVE_NS ? ACTIVE_CHUNK_PAGES : IDLE_CHUNK_PAGES;
+	uint64_t budget = now - task->fault_ns < ACTIVE_NS ? ACTIVE_FILL_PAGES : IDLE_CHUNK_PAGES;
 	uint64_t allowance = fill_allowance(engine, now), filled = 0;
 
 	if (allowance < LZ_PAGE_SIZE)
 		return false;
+	if (allowance == UINT64_MAX && task->left_pages > HELP_PAGES)
+		give_to_helper(worker, task, now);
 	if (budget > PAGES(allowance))
 		budget = PAGES(allowance);
 	for (uint32_t copies = 0; copies < CHUNK_COPIES && filled < budget; copies++) {
@@ -192,8 +279,12 @@ static bool fill_task(struct lz_worker *worker, struct lz_task *task, uint64_t n
 		}
 		if (!found) {
 			task->near = 0;
-			if (!lz_fill_next(worker, task, budget - filled, &run, &number))
-				return filled > 0 || lz_fill_done(worker, task);
+			if (!lz_fill_next(worker, task, budget - filled, &run, &number)) {
+				/* The last of it is with the helper, who may not have a processor. */
+				lz_helper_recall(worker, task);
+				if (!lz_fill_next(worker, task, budget - filled, &run, &number))
+					return filled > 0 || lz_fill_done(worker, task);
+			}
 		}
 		if (run.kind == LZ_KIND_DUMPED && !fetched_for_fill(worker, &run, !task->near))
 			break;

@@ -7,11 +7,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
-/*
- * Ask whether a pages image still holds its bytes up to `end`. A page of a mapping that lies beyond the end of its
- * file raises -EFAULT in COPY; but the rest of the last page of a file that was cut inside a page reads as zeros.
- */
-static bool source_holds(struct lz_worker *worker, uint16_t number, uint64_t end)
+bool lz_source_holds(struct lz_worker *worker, uint16_t number, uint64_t end)
 {
 	struct lz_source *source = &worker->engine->source[number];
 	struct stat status;
@@ -117,7 +113,7 @@ int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct 
 
 	if (run->kind != LZ_KIND_DUMPED)
 		return give_up_pages(worker, task, start, left, run->source, -EOPNOTSUPP) < 0 ? -EAGAIN : 0;
-	if (!source_holds(worker, run->source, offset + BYTES(left))) {
+	if (!lz_source_holds(worker, run->source, offset + BYTES(left))) {
 		struct stat status;
 		uint64_t size = fstat(source->fd, &status) < 0 ? 0 : (uint64_t)status.st_size;
 
@@ -149,7 +145,7 @@ int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct 
 			lz_forget_left(task, PAGES(done));
 			lz_count(cause == LZ_BY_FAULT ? &counters->fault_copied_pages : &counters->fill_copied_pages,
 			      PAGES(done));
-			if (!source_holds(worker, run->source, offset + done))
+			if (!lz_source_holds(worker, run->source, offset + done))
 				lz_notify(worker, (struct lz_notice){ .kind = LZ_NOTICE_SUSPECT,
 								   .task = task->number,
 								   .address = start,

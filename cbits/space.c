@@ -185,6 +185,27 @@ int lz_space_fork(struct lz_arena *arena, const struct lz_space *parent, struct 
 	return 0;
 }
 
+void lz_space_forget_asked(struct lz_arena *arena, struct lz_space *space)
+{
+	for (uint32_t i = 0; i < space->regions; i++) {
+		struct lz_region *region = &regions_of(arena, space)[i];
+
+		region->fill_page = 0;
+		region->flags &= ~(uint32_t)LZ_REGION_DONE;
+		for (uint64_t page = 0; page < region->pages; page++) {
+			uint64_t *words = states_of(arena, space), number = region->state_index + page;
+
+			if (number % STATES_PER_WORD == 0 && region->pages - page >= STATES_PER_WORD &&
+			    !(words[number / STATES_PER_WORD] & ~(words[number / STATES_PER_WORD] >> 1) & LOW_BITS)) {
+				page += STATES_PER_WORD - 1; /* none in this word */
+				continue;
+			}
+			if (state_get(words, number) == LZ_ASKED)
+				states_set(words, number, 1, LZ_MISSING);
+		}
+	}
+}
+
 int lz_space_save(struct lz_arena *arena, const struct lz_space *space, struct lz_space *saved)
 {
 	struct lz_space copy = *space;
@@ -225,8 +246,7 @@ void lz_space_drop(struct lz_arena *arena, struct lz_space *space)
 	memset(space, 0, sizeof(*space));
 }
 
-/* Number of the first region that ends after the address; space->regions where there is none. */
-static uint32_t first_region_after(struct lz_arena *arena, const struct lz_space *space, uint64_t address)
+uint32_t lz_space_first_after(struct lz_arena *arena, const struct lz_space *space, uint64_t address)
 {
 	const struct lz_region *regions = regions_of(arena, space);
 	uint32_t low = 0, high = space->regions;
@@ -244,7 +264,7 @@ static uint32_t first_region_after(struct lz_arena *arena, const struct lz_space
 
 int64_t lz_space_find(struct lz_arena *arena, const struct lz_space *space, uint64_t address)
 {
-	uint32_t number = first_region_after(arena, space, address);
+	uint32_t number = lz_space_first_after(arena, space, address);
 
 	if (number < space->regions && regions_of(arena, space)[number].start <= address)
 		return number;
@@ -317,8 +337,8 @@ static int carve(struct lz_arena *arena, struct lz_space *space, uint64_t start,
 		return result;
 	cut_at(arena, space, start);
 	cut_at(arena, space, end);
-	*first = first_region_after(arena, space, start);
-	*count = first_region_after(arena, space, end) - *first;
+	*first = lz_space_first_after(arena, space, start);
+	*count = lz_space_first_after(arena, space, end) - *first;
 	return 0;
 }
 
@@ -367,7 +387,7 @@ int lz_space_remap(struct lz_arena *arena, struct lz_space *space, uint64_t from
 	result = carve(arena, space, from, from + length, &first, &count);
 	if (result < 0)
 		return result;
-	place = first_region_after(arena, space, to);
+	place = lz_space_first_after(arena, space, to);
 	regions = regions_of(arena, space);
 	for (uint32_t i = first; i < first + count; i++)
 		regions[i].start += to - from;
@@ -393,7 +413,7 @@ void lz_space_mark(struct lz_arena *arena, struct lz_space *space, uint64_t star
 	const uint64_t end = start + (pages << LZ_PAGE_SHIFT);
 	const struct lz_region *regions = regions_of(arena, space);
 
-	for (uint32_t i = first_region_after(arena, space, start); i < space->regions; i++) {
+	for (uint32_t i = lz_space_first_after(arena, space, start); i < space->regions; i++) {
 		const struct lz_region *region = &regions[i];
 		uint64_t low = region->start > start ? region->start : start;
 		uint64_t high = region_end(region) < end ? region_end(region) : end;
@@ -519,7 +539,7 @@ uint64_t lz_space_count_missing(struct lz_arena *arena, struct lz_space *space, 
 {
 	uint64_t total = 0;
 
-	for (uint32_t i = first_region_after(arena, space, start); i < space->regions; i++) {
+	for (uint32_t i = lz_space_first_after(arena, space, start); i < space->regions; i++) {
 		const struct lz_region *region = &regions_of(arena, space)[i];
 		struct lz_run run;
 		uint64_t page, limit;

@@ -11,6 +11,10 @@ const struct lz_extent *lz_space_extent(struct lz_arena *arena, const struct lz_
 /* Length in pages of the run from a region's page on, at most `pages`, that is all missing (or all not). */
 uint64_t lz_space_state_run(struct lz_arena *arena, const struct lz_space *space, const struct lz_region *region,
 			    uint64_t page, uint64_t pages, bool missing);
+/* Number of the first region that ends after a run address; space->regions where there is none. */
+uint32_t lz_space_first_after(struct lz_arena *arena, const struct lz_space *space, uint64_t address);
+/* Make every page that is asked for missing again, and the fill begin anew: nobody knows who asked. */
+void lz_space_forget_asked(struct lz_arena *arena, struct lz_space *space);
 /* Keep a copy of a space's regions in *saved, whose array is its own and is used again. */
 int lz_space_save(struct lz_arena *arena, const struct lz_space *space, struct lz_space *saved);
 /* Put the regions back as they were saved; *saved is used up. */

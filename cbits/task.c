@@ -46,6 +46,7 @@ void lz_task_end(struct lz_worker *worker, struct lz_task *task, enum lz_task_st
 	const int uffd = task->uffd;
 	uint32_t kept = 0;
 
+	lz_helper_recall(worker, task);
 	for (uint32_t i = 0; i < worker->tasks; i++) {
 		if (worker->task[i] == task) {
 			worker->task[i] = worker->task[--worker->tasks];
@@ -75,6 +76,7 @@ void lz_task_gone(struct lz_worker *worker, struct lz_task *task)
 		lz_events_apply(worker, task); /* a child that it forked lives on */
 	if (!lz_is_serving(task))
 		return;
+	lz_helper_recall(worker, task);
 	lz_count(&worker->counters->dropped_pages, task->left_pages);
 	lz_forget_left(task, task->left_pages);
 	lz_task_end(worker, task, LZ_TASK_GONE, (struct lz_notice){ .kind = LZ_NOTICE_TASK_GONE });
@@ -101,6 +103,7 @@ int64_t lz_task_poison(struct lz_worker *worker, struct lz_task *task, int uffd)
 	uint32_t tries = POISON_TRIES;
 	int64_t missed = 0;
 
+	lz_helper_recall(worker, task);
 	for (uint32_t i = 0; i < task->space.regions; i++) {
 		const struct lz_region *region = lz_space_region(arena, &task->space, i);
 		uint64_t page = 0, most = UINT64_MAX;

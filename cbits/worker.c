@@ -167,6 +167,7 @@ void *lz_worker_main(void *argument)
 	uint64_t busy_ns = 0;
 	bool worked = false;
 
+	lz_helper_start(worker);
 	while (!__atomic_load_n(&engine->stopping, __ATOMIC_ACQUIRE)) {
 		uint64_t now, faults = worker->counters->faults;
 
@@ -196,5 +197,8 @@ void *lz_worker_main(void *argument)
 				lz_task_fail(worker, task, -ECANCELED);
 		}
 	}
+	for (uint32_t i = 0; i < worker->tasks; i++)
+		lz_helper_recall(worker, worker->task[i]);
+	lz_helper_stop(worker);
 	return NULL;
 }

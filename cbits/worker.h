@@ -63,6 +63,11 @@ bool lz_task_outcome(struct lz_worker *worker, struct lz_task *task, int result)
 int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct lz_run *run, enum lz_cause cause);
 /* The first page surely, the others as far as they go. */
 int lz_install_zeros(struct lz_worker *worker, struct lz_task *task, uint64_t start, uint64_t pages);
+/*
+ * Ask whether a pages image still holds its bytes up to `end`. A page of a mapping that lies beyond the end of its
+ * file raises -EFAULT in COPY; but the rest of the last page of a file that was cut inside a page reads as zeros.
+ */
+bool lz_source_holds(struct lz_worker *worker, uint16_t source, uint64_t end);
 /* How much of a range of a source, from its start, is in memory; 0 when its first page is not. */
 uint64_t lz_resident_bytes(struct lz_worker *worker, uint16_t source, uint64_t start, uint64_t end);
 
@@ -94,6 +99,8 @@ bool lz_fill(struct lz_worker *worker, uint64_t now);
 /* The next missing run of a task in order; false when no image page of it is missing. */
 bool lz_fill_next(struct lz_worker *worker, struct lz_task *task, uint64_t most, struct lz_run *run,
 		  uint32_t *region);
+/* A page at a run address is missing again: the fill has to come back to it. */
+void lz_fill_again(struct lz_worker *worker, struct lz_task *task, uint64_t address);
 /* End a task of which nothing is missing; false when pages are held back whose faults must stay blocked. */
 bool lz_fill_done(struct lz_worker *worker, struct lz_task *task);
 

@@ -210,6 +210,8 @@ class Session:
         self._selector.register(source, selectors.EVENT_READ, callback)
 
     def _finish(self) -> Outcome:
+        for notice in self._engine.notices():  # the last task may have ended faster than its notices were read
+            self._report(notice)
         now = self._log.elapsed()
         totals = self._engine.totals()
         self._moments = self._moments._replace(end=now)

@@ -77,6 +77,7 @@ def test_a_server_killed_before_the_restore_is_finished_fails_it(stage):
     daemon = stage.start_daemon()
     skeleton = stage.start_skeleton(*hand_over(VMAS, PID), "say", "handed", "await")
     skeleton.heard("handed")
+    wait_until(lambda: descendants(daemon.pid), "a process that serves")
     kill_server(daemon)
     assert daemon.wait() == 1
     assert "died before the restore was finished" in daemon.output
