@@ -9,8 +9,9 @@
 #include <unistd.h>
 
 #define SUB_PAGES 8U         /* in one copy: what a fault may have to wait for */
-#define SPIN_NS 20000U       /* the worker waits this long for a copy to end before it fetches the helper */
-#define REST_NS 2000000U     /* a helper that had to be fetched has no processor to itself: no jobs for a while */
+#define SPIN_NS 15000U       /* the worker waits this long for a copy to end before it hurries the helper */
+#define FIRST_REST_NS 2000000U /* a helper that was preempted has no processor to itself: no jobs for a while, */
+#define LAST_REST_NS 64000000U /* a longer one each time */
 
 static void futex_wait(uint32_t *word, uint32_t value, uint64_t ns)
 {
@@ -100,6 +101,7 @@ void lz_helper_start(struct lz_worker *worker)
 	if (sched_getaffinity(0, sizeof(helper->processors), &helper->processors) < 0 ||
 	    CPU_COUNT(&helper->processors) < 2)
 		return;
+	helper->rest_length_ns = FIRST_REST_NS;
 	helper->running = !pthread_create(&helper->thread, NULL, helper_main, worker);
 }
 
@@ -180,10 +182,30 @@ void lz_helper_harvest(struct lz_worker *worker)
 		settle_job(worker, &helper->job[helper->harvested % LZ_JOBS]);
 }
 
+/*
+ * Have a helper run that was preempted inside a copy, and so holds up every fault: at once where we may say so, else
+ * on this processor, which we then leave to it.
+ */
+static bool hurry_helper(struct lz_helper *helper)
+{
+	const struct sched_param lowest = { .sched_priority = 1 };
+	int processor = sched_getcpu();
+	cpu_set_t here;
+
+	if (!sched_setscheduler(helper->tid, SCHED_FIFO, &lowest))
+		return true;
+	CPU_ZERO(&here);
+	if (processor >= 0)
+		CPU_SET((size_t)processor, &here);
+	(void)sched_setaffinity(helper->tid, sizeof(here), &here);
+	return false;
+}
+
 void lz_helper_hold(struct lz_worker *worker)
 {
 	struct lz_helper *helper = &worker->helper;
-	bool fetched = false;
+	const struct sched_param none = { 0 };
+	bool is_hurried = false, runs = false;
 	uint64_t since = 0;
 
 	if (helper->depth++ || !helper->running)
@@ -194,27 +216,23 @@ void lz_helper_hold(struct lz_worker *worker)
 
 		if (!since)
 			since = now;
-		if (now - since < SPIN_NS) {
+		if (now - since >= SPIN_NS && !is_hurried) {
+			is_hurried = true;
+			runs = hurry_helper(helper);
+		}
+		if (is_hurried && !runs)
+			futex_wait(&helper->busy, 1, 1000000U);
+		else
 			__builtin_ia32_pause();
-			continue;
-		}
-		if (!fetched) {
-			cpu_set_t here;
-			int processor = sched_getcpu();
-
-			fetched = true;
-			CPU_ZERO(&here);
-			if (processor >= 0) {
-				CPU_SET((size_t)processor, &here);
-				(void)sched_setaffinity(helper->tid, sizeof(here), &here);
-			}
-		}
-		futex_wait(&helper->busy, 1, 1000000U);
 	}
-	if (fetched) {
+	if (!is_hurried)
+		return;
+	(void)sched_setscheduler(helper->tid, SCHED_IDLE, &none);
+	if (!runs)
 		(void)sched_setaffinity(helper->tid, sizeof(helper->processors), &helper->processors);
-		helper->rest_ns = lz_now_ns() + REST_NS;
-	}
+	helper->rest_ns = lz_now_ns() + helper->rest_length_ns;
+	if (helper->rest_length_ns < LAST_REST_NS)
+		helper->rest_length_ns *= 2;
 }
 
 void lz_helper_release(struct lz_worker *worker)

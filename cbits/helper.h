@@ -10,7 +10,7 @@
  * Nothing may be copied on a decision that a layout event has outdated, and reading an event lets the task go on. So
  * the worker reads a task's queue only while no helper is inside a copy for it, and takes back what is not copied
  * before it applies an event: helper.busy and helper.wanted exclude each other (Dekker), eight pages at a time. A
- * helper that is preempted inside a copy is fetched to the worker's own processor, which the worker leaves to it.
+ * helper that is preempted inside a copy is made to run at once, and then left without work for a while.
  *
  * Pages handed to the helper are LZ_ASKED. A fault on one is answered by the worker at once; both copy the same bytes,
  * and the second is told -EEXIST.
@@ -53,6 +53,7 @@ struct lz_helper {
 	uint32_t posted;   /* atomic, futex: goes up when there may be something to do */
 	uint32_t sleeping; /* atomic */
 	uint32_t depth;    /* of lz_helper_hold in the worker */
+	uint64_t rest_length_ns;
 	uint64_t rest_ns;  /* no jobs for it before then */
 	uint32_t head;     /* atomic: first job that is not finished */
 	uint32_t tail;     /* atomic: end of the jobs */

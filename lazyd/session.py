@@ -370,6 +370,8 @@ class Session:
                     f"{who}: {pages} may be wrong: {source} was cut while they were copied;"
                     f" {self._stop_task(notice.task)}"
                 )
+            case NoticeKind.TASK_FAILED if notice.error == -errno.ECANCELED and not notice.value:
+                self._let_go(notice.task)  # given up together with all the others, which was said once
             case NoticeKind.TASK_FAILED:
                 missed = f", {notice.value} pages could not be" if notice.value else ""
                 self._fail(f"{who}: cannot be served any more ({why}): what was missing is poisoned{missed}")
