@@ -6,7 +6,7 @@
 #include <errno.h>
 
 #define ZERO_WINDOW_PAGES 512U
-#define COPY_WINDOW_PAGES 128U
+#define COPY_WINDOW_PAGES 192U
 #define STREAM_REACH_PAGES 256U /* the fill goes on ahead of a stream, so its next fault is that much later */
 #define NEIGHBOUR_PAGES 32U /* a fault that close to the one before shows that neighbours are worth bringing */
 #define SCATTER_RANDOM 8U   /* from here on faults are random: what is around them is not what comes next */
@@ -193,6 +193,8 @@ static int answer(struct lz_worker *worker, struct lz_task *task, uint64_t addre
 		task->near = stream->next;
 	else if (task->scatter < SCATTER_RANDOM || fill_is_off(worker))
 		task->near = address & ~(BYTES(16) - 1);
+	else
+		task->near = 0;
 	if (task->near && task->near < region->start)
 		task->near = region->start;
 	return result;

@@ -7,7 +7,7 @@
 #include <sys/mman.h>
 
 #define ACTIVE_NS 1000000U          /* a task that faulted within this time gets small chunks of fill */
-#define ACTIVE_FILL_PAGES 32U
+#define ACTIVE_FILL_PAGES 28U
 #define IDLE_CHUNK_PAGES 64U
 #define HELP_PAGES 256U             /* less than this is not worth a helper */
 #define CHUNK_COPIES 16U            /* copies in one chunk, however small */
@@ -254,12 +254,16 @@ static bool fill_task(struct lz_worker *worker, struct lz_task *task, uint64_t n
 {
 	struct lz_engine *engine = worker->engine;
 	struct lz_arena *arena = engine->arena;
-	uint64_t budget = now - task->fault_ns < ACTIVE_NS ? ACTIVE_FILL_PAGES : IDLE_CHUNK_PAGES;
+	const bool is_active = now - task->fault_ns < ACTIVE_NS;
+	/* Behind a stream of faults goes what it asks for next: there the large copy is the short way. */
+	uint64_t budget = is_active && !task->near ? ACTIVE_FILL_PAGES : IDLE_CHUNK_PAGES;
 	uint64_t allowance = fill_allowance(engine, now), filled = 0;
 
 	if (allowance < LZ_PAGE_SIZE)
 		return false;
-	if (allowance == UINT64_MAX && task->left_pages > HELP_PAGES)
+	if (is_active) /* what a fault may have to wait for, and its processor, are the task's own then */
+		lz_helper_recall(worker, task);
+	else if (allowance == UINT64_MAX && task->left_pages > HELP_PAGES)
 		give_to_helper(worker, task, now);
 	if (budget > PAGES(allowance))
 		budget = PAGES(allowance);
