@@ -36,33 +36,33 @@ struct lz_task {
 	uint32_t status; /* enum lz_task_status; atomic */
 	uint32_t number;
 	uint32_t worker;
-	uint32_t fill_region;   /* regions before it are done */
+	uint32_t fill_region; /* regions before it are done */
 	uint32_t stream_clock;
-	uint64_t help_at;       /* run address where the helper's half goes on; 0: not begun */
-	uint32_t help_done;     /* its half is full: it goes on where the worker does */
-	uint32_t jobs;          /* of it that the helper has */
-	uint32_t scatter;       /* how random its faults have been of late: up to SCATTER_MOST */
-	uint32_t backoff_ns;    /* next wait after an EAGAIN */
+	uint64_t help_at;    /* run address where the helper's half goes on; 0: not begun */
+	uint32_t help_done;  /* its half is full: it goes on where the worker does */
+	uint32_t jobs;       /* of it that the helper has */
+	uint32_t scatter;    /* how random its faults have been of late: up to SCATTER_MOST */
+	uint32_t backoff_ns; /* next wait after an EAGAIN */
 	uint64_t image_pages;
-	uint64_t left_pages;    /* atomic for readers */
-	uint64_t last_fault;    /* run address */
-	uint64_t near;          /* run address where background fill goes on after a fault; 0: none */
-	uint64_t empty_ns;      /* when its queue was last seen empty */
-	uint64_t fault_ns;      /* when it last faulted */
-	uint64_t unsettled_ns;  /* its layout was changing: leave it alone until then */
-	uint64_t probe_ns;      /* when to look whether its memory is still there */
-	uint64_t held_pages;    /* neither installed nor poisoned: their faults stay blocked */
-	uint64_t watched_ns;    /* when its unsettled layout was last looked at */
+	uint64_t left_pages;                  /* atomic for readers */
+	uint64_t last_fault;                  /* run address */
+	uint64_t near;                        /* run address where background fill goes on after a fault; 0: none */
+	uint64_t empty_ns;                    /* when its queue was last seen empty */
+	uint64_t fault_ns;                    /* when it last faulted */
+	uint64_t unsettled_ns;                /* its layout was changing: leave it alone until then */
+	uint64_t probe_ns;                    /* when to look whether its memory is still there */
+	uint64_t held_pages;                  /* neither installed nor poisoned: their faults stay blocked */
+	uint64_t watched_ns;                  /* when its unsettled layout was last looked at */
 	struct lz_event event[LZ_BATCH_ROOM]; /* read, not applied yet: see layout.h */
 	uint32_t events;
 	/* How far applying them is, so that a process that goes on in the place of one that died does each once. */
-	uint32_t ordered;              /* events whose order is decided, in order; 0: none is being applied */
+	uint32_t ordered; /* events whose order is decided, in order; 0: none is being applied */
 	uint8_t order[LZ_BATCH_ROOM];
-	uint32_t progress;             /* atomic: twice the number applied, plus 1 while saved is the truth */
-	struct lz_space saved;         /* the regions before a change that is not complete */
-	uint32_t applying;             /* this process is at it */
-	uint32_t adopted_late;         /* taken up from a process that died in the middle: a fork may be there already */
-	uint32_t handed_back;   /* regions were looked at for what can go back to the kernel at once */
+	uint32_t progress;     /* atomic: twice the number applied, plus 1 while saved is the truth */
+	struct lz_space saved; /* the regions before a change that is not complete */
+	uint32_t applying;     /* this process is at it */
+	uint32_t adopted_late; /* taken up from a process that died in the middle: a fork may be there already */
+	uint32_t handed_back;  /* regions were looked at for what can go back to the kernel at once */
 	struct lz_stream stream[LZ_STREAMS];
 };
 
@@ -130,12 +130,12 @@ struct lz_flight {
 
 /* The engine's state that outlives a process, in the arena. */
 struct lz_shared {
-	uint32_t tasks;    /* atomic */
-	uint32_t finished; /* atomic: the restore is finished */
-	uint32_t fill;     /* atomic enum lz_fill */
+	uint32_t tasks;     /* atomic */
+	uint32_t finished;  /* atomic: the restore is finished */
+	uint32_t fill;      /* atomic enum lz_fill */
 	uint64_t fill_rate; /* atomic */
 	uint64_t fill_start_ns;
-	uint64_t fill_spent; /* atomic: bytes filled since then */
+	uint64_t fill_spent;                /* atomic: bytes filled since then */
 	uint64_t task_offset[LZ_MAX_TASKS]; /* of struct lz_task */
 };
 
@@ -143,9 +143,9 @@ struct lz_engine {
 	struct lz_config config;
 	struct lz_arena *arena;
 	struct lz_shared *shared;
-	uint32_t stopping;     /* atomic: workers are to end */
-	uint32_t abandoning;   /* atomic: and poison what is missing */
-	pthread_mutex_t lock;  /* sources, tasks */
+	uint32_t stopping;    /* atomic: workers are to end */
+	uint32_t abandoning;  /* atomic: and poison what is missing */
+	pthread_mutex_t lock; /* sources, tasks */
 	struct lz_source *source;
 	uint32_t sources;
 	int notify;

@@ -58,9 +58,8 @@ static void apply_fork(struct lz_worker *worker, struct lz_task *task, int uffd)
 	if (!result)
 		result = lz_task_adopt(worker, child);
 	if (!result) {
-		lz_notify(worker, (struct lz_notice){ .kind = LZ_NOTICE_FORKED,
-						   .task = child->number,
-						   .value = task->number });
+		lz_notify(worker,
+			  (struct lz_notice){ .kind = LZ_NOTICE_FORKED, .task = child->number, .value = task->number });
 		return;
 	}
 	/* No room for it: it must not read zeros. */
@@ -71,8 +70,8 @@ static void apply_fork(struct lz_worker *worker, struct lz_task *task, int uffd)
 		__atomic_store_n(&child->status, LZ_TASK_FAILED, __ATOMIC_RELEASE);
 	}
 	lz_notify(worker, (struct lz_notice){ .kind = LZ_NOTICE_TASK_FAILED,
-					   .task = child ? child->number : task->number,
-					   .error = result });
+					      .task = child ? child->number : task->number,
+					      .error = result });
 }
 
 int lz_events_begin_change(struct lz_worker *worker, struct lz_task *task)
@@ -109,8 +108,8 @@ static int apply_event(struct lz_worker *worker, struct lz_task *task, const str
 		drop_range(worker, task, event->to, event->to + (event->end - event->start));
 		result = lz_events_begin_change(worker, task);
 		if (!result)
-			result = lz_space_remap(arena, &task->space, event->start, event->to,
-						event->end - event->start);
+			result =
+				lz_space_remap(arena, &task->space, event->start, event->to, event->end - event->start);
 		break;
 	default: /* UFFD_EVENT_UNMAP */
 		drop_range(worker, task, event->start, event->end);
@@ -238,7 +237,7 @@ void lz_events_recover(struct lz_task *task, const struct uffd_msg *message)
 		return; /* a fault asks again */
 	if (last && last->event == event.event && last->start == event.start && last->end == event.end &&
 	    last->to == event.to && last->uffd == event.uffd)
-		return; /* kept already, and its message not cleared yet */
+		return;                       /* kept already, and its message not cleared yet */
 	assert(task->events < LZ_BATCH_ROOM); /* a batch, and as many messages as are read at once */
 	task->event[task->events++] = event;
 }

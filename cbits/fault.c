@@ -8,20 +8,21 @@
 #define ZERO_WINDOW_PAGES 512U
 #define COPY_WINDOW_PAGES 192U
 #define STREAM_REACH_PAGES 256U /* the fill goes on ahead of a stream, so its next fault is that much later */
-#define NEIGHBOUR_PAGES 32U /* a fault that close to the one before shows that neighbours are worth bringing */
-#define SCATTER_RANDOM 8U   /* from here on faults are random: what is around them is not what comes next */
+#define NEIGHBOUR_PAGES 32U     /* a fault that close to the one before shows that neighbours are worth bringing */
+#define SCATTER_RANDOM 8U       /* from here on faults are random: what is around them is not what comes next */
 #define SCATTER_MOST 16U
 
 /* Find the forward stream that a fault belongs to, or begin one in the place of the oldest. */
 static struct lz_stream *stream_of(struct lz_task *task, uint64_t address)
 {
+	const uint64_t reach = BYTES(task->scatter < SCATTER_RANDOM ? STREAM_REACH_PAGES : NEIGHBOUR_PAGES / 2);
 	struct lz_stream *oldest = &task->stream[0];
 
 	task->stream_clock++;
 	for (uint32_t i = 0; i < LZ_STREAMS; i++) {
 		struct lz_stream *stream = &task->stream[i];
 
-		if (address >= stream->next && address < stream->next + BYTES(STREAM_REACH_PAGES) && stream->next) {
+		if (address >= stream->next && address < stream->next + reach && stream->next) {
 			stream->streak++;
 			stream->age = task->stream_clock;
 			return stream;
@@ -185,8 +186,8 @@ static int answer(struct lz_worker *worker, struct lz_task *task, uint64_t addre
 	if (!lz_is_serving(task))
 		return result;
 	/*
-	 * What is around it goes next: the block it is in, or, in a stream, what follows. Faults all over the place show
-	 * that neither is of use: then the fill goes on in order, whose copies are large and whose source is read
+	 * What is around it goes next: the block it is in, or, in a stream, what follows. Faults all over the place
+	 * show that neither is of use: then the fill goes on in order, whose copies are large and whose source is read
 	 * forward, and that ends the faults soonest.
 	 */
 	if (stream->streak)
@@ -201,8 +202,7 @@ static int answer(struct lz_worker *worker, struct lz_task *task, uint64_t addre
 }
 
 /* Put a fault aside that cannot be answered yet. */
-static void hold_fault(struct lz_worker *worker, struct lz_task *task, uint64_t address, uint64_t since,
-		       uint32_t read)
+static void hold_fault(struct lz_worker *worker, struct lz_task *task, uint64_t address, uint64_t since, uint32_t read)
 {
 	for (uint32_t i = 0; i < worker->pendings; i++) {
 		if (worker->pending[i].task == task && worker->pending[i].address == address && read == LZ_NO_READ)
@@ -232,8 +232,7 @@ static void record_latency(struct lz_counters *counters, uint64_t ns)
 	if (ns > counters->fault_ns_max)
 		__atomic_store_n(&counters->fault_ns_max, ns, __ATOMIC_RELAXED);
 }
-void lz_fault_answer(struct lz_worker *worker, struct lz_task *task, uint64_t address, uint64_t since,
-			   uint32_t read)
+void lz_fault_answer(struct lz_worker *worker, struct lz_task *task, uint64_t address, uint64_t since, uint32_t read)
 {
 	const bool was_read = read != LZ_NO_READ;
 	int result;

@@ -6,14 +6,14 @@
 #include <errno.h>
 #include <sys/mman.h>
 
-#define ACTIVE_NS 1000000U          /* a task that faulted within this time gets small chunks of fill */
-#define ACTIVE_FILL_PAGES 28U
+#define ACTIVE_NS 1000000U /* a task that faulted within this time gets small chunks of fill */
+#define ACTIVE_FILL_PAGES 24U
 #define IDLE_CHUNK_PAGES 64U
-#define HELP_PAGES 256U             /* less than this is not worth a helper */
-#define CHUNK_COPIES 16U            /* copies in one chunk, however small */
-#define NEAR_PAGES 2048U            /* how far behind a fault the fill looks before it goes on elsewhere */
+#define HELP_PAGES 256U  /* less than this is not worth a helper */
+#define CHUNK_COPIES 16U /* copies in one chunk, however small */
+#define NEAR_PAGES 2048U /* how far behind a fault the fill looks before it goes on elsewhere */
 #define RATE_BURST_BYTES (1U << 20)
-#define AHEAD_BYTES (4ULL << 20)    /* read in one request, and this far before the fill needs it */
+#define AHEAD_BYTES (4ULL << 20) /* read in one request, and this far before the fill needs it */
 
 /* Give a done block back to the kernel. The head of worker.c says why in this order. */
 static void hand_back(struct lz_worker *worker, struct lz_task *task, uint32_t number)
@@ -59,8 +59,7 @@ static void hand_back(struct lz_worker *worker, struct lz_task *task, uint32_t n
  * Advance over what is installed already; returns true and the next missing run of the base fill, or false when no
  * image page of the task is missing.
  */
-bool lz_fill_next(struct lz_worker *worker, struct lz_task *task, uint64_t most, struct lz_run *run,
-			 uint32_t *number)
+bool lz_fill_next(struct lz_worker *worker, struct lz_task *task, uint64_t most, struct lz_run *run, uint32_t *number)
 {
 	struct lz_arena *arena = worker->engine->arena;
 
@@ -141,7 +140,8 @@ static uint64_t fill_allowance(struct lz_engine *engine, uint64_t now)
 
 	if (!rate)
 		return UINT64_MAX;
-	earned = (uint64_t)((double)(now - engine->shared->fill_start_ns) * 1e-9 * (double)rate) + RATE_BURST_BYTES / 16;
+	earned =
+		(uint64_t)((double)(now - engine->shared->fill_start_ns) * 1e-9 * (double)rate) + RATE_BURST_BYTES / 16;
 	spent = __atomic_load_n(&engine->shared->fill_spent, __ATOMIC_RELAXED);
 	if (earned > spent + RATE_BURST_BYTES) {
 		/* What an idle time earned is not saved up. */
@@ -242,8 +242,7 @@ static void give_to_helper(struct lz_worker *worker, struct lz_task *task, uint6
 		struct lz_run run;
 
 		if (!next_to_help(worker, task, &run) || run.kind != LZ_KIND_DUMPED ||
-		    lz_resident_bytes(worker, run.source, run.offset,
-								    run.offset + BYTES(run.pages)) < BYTES(run.pages))
+		    lz_resident_bytes(worker, run.source, run.offset, run.offset + BYTES(run.pages)) < BYTES(run.pages))
 			return;
 		lz_helper_give(worker, task, &run);
 	}

@@ -8,8 +8,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#define SUB_PAGES 8U         /* in one copy: what a fault may have to wait for */
-#define SPIN_NS 15000U       /* the worker waits this long for a copy to end before it hurries the helper */
+#define SUB_PAGES 8U           /* in one copy: what a fault may have to wait for */
+#define SPIN_NS 15000U         /* the worker waits this long for a copy to end before it hurries the helper */
 #define FIRST_REST_NS 2000000U /* a helper that was preempted has no processor to itself: no jobs for a while, */
 #define LAST_REST_NS 64000000U /* a longer one each time */
 

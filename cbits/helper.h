@@ -54,9 +54,9 @@ struct lz_helper {
 	uint32_t sleeping; /* atomic */
 	uint32_t depth;    /* of lz_helper_hold in the worker */
 	uint64_t rest_length_ns;
-	uint64_t rest_ns;  /* no jobs for it before then */
-	uint32_t head;     /* atomic: first job that is not finished */
-	uint32_t tail;     /* atomic: end of the jobs */
+	uint64_t rest_ns;   /* no jobs for it before then */
+	uint32_t head;      /* atomic: first job that is not finished */
+	uint32_t tail;      /* atomic: end of the jobs */
 	uint32_t harvested; /* jobs before it have been accounted for */
 	struct lz_job job[LZ_JOBS];
 };

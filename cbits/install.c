@@ -19,8 +19,8 @@ bool lz_source_holds(struct lz_worker *worker, uint16_t number, uint64_t end)
 	       status.st_mtim.tv_nsec == source->mtime_ns;
 	if (!same && !__atomic_exchange_n(&source->told, 1, __ATOMIC_RELAXED))
 		lz_notify(worker, (struct lz_notice){ .kind = LZ_NOTICE_SOURCE_CHANGED,
-						   .source = number,
-						   .value = (uint64_t)status.st_size });
+						      .source = number,
+						      .value = (uint64_t)status.st_size });
 	return (uint64_t)status.st_size >= end;
 }
 
@@ -144,13 +144,13 @@ int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct 
 			mark_present(worker, task, start, PAGES(done));
 			lz_forget_left(task, PAGES(done));
 			lz_count(cause == LZ_BY_FAULT ? &counters->fault_copied_pages : &counters->fill_copied_pages,
-			      PAGES(done));
+				 PAGES(done));
 			if (!lz_source_holds(worker, run->source, offset + done))
 				lz_notify(worker, (struct lz_notice){ .kind = LZ_NOTICE_SUSPECT,
-								   .task = task->number,
-								   .address = start,
-								   .value = PAGES(done),
-								   .source = run->source });
+								      .task = task->number,
+								      .address = start,
+								      .value = PAGES(done),
+								      .source = run->source });
 			start += done;
 			offset += done;
 			left -= PAGES(done);

@@ -110,8 +110,8 @@ uint32_t lz_io_fetch(struct lz_io *io, struct lz_worker *worker, uint16_t source
 	uint32_t number;
 
 	pthread_mutex_lock(&io->lock);
-	number = queue(io, (struct lz_read){
-				   .worker = worker, .source = source, .start = start, .end = end, .urgent = true });
+	number = queue(
+		io, (struct lz_read){ .worker = worker, .source = source, .start = start, .end = end, .urgent = true });
 	pthread_mutex_unlock(&io->lock);
 	return number;
 }
@@ -136,8 +136,8 @@ void lz_io_ahead(struct lz_io *io, struct lz_worker *worker, uint16_t source, ui
 	for (uint32_t i = 0; i < LZ_READS && !is_read; i++) {
 		const struct lz_read *read = &io->read[i];
 
-		is_read = (read->state == LZ_READ_QUEUED || read->state == LZ_READ_RUNNING) &&
-			  read->source == source && read->start < end && start < read->end;
+		is_read = (read->state == LZ_READ_QUEUED || read->state == LZ_READ_RUNNING) && read->source == source &&
+			  read->start < end && start < read->end;
 	}
 	if (!is_read)
 		(void)queue(io, (struct lz_read){ .worker = worker, .source = source, .start = start, .end = end });

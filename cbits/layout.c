@@ -111,8 +111,8 @@ static uint32_t place_of_fork(const struct puzzle *puzzle, uint8_t fork, lz_trut
 	for (uint32_t i = 0; i < puzzle->moves; i++)
 		as_read += puzzle->best[i] < fork;
 	if (puzzle->events[fork].overlapped) {
-		/* The child has what the madvise, not yet gone on, was to drop. With several, the last: it is rare enough
-		 * that one thread passes another, and a fork is the slowest to be passed. */
+		/* The child has what the madvise, not yet gone on, was to drop. With several, the last: it is rare
+		 * enough that one thread passes another, and a fork is the slowest to be passed. */
 		for (uint32_t i = as_read; i-- > 0;) {
 			if (puzzle->events[puzzle->best[i]].event == UFFD_EVENT_REMOVE) {
 				as_read = i;

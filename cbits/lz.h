@@ -41,12 +41,12 @@ enum lz_kind {
  * 24 bytes, so that a million of them are 24 MB.
  */
 struct lz_extent {
-	uint64_t start;    /* image address, page-aligned */
-	uint64_t offset;   /* bytes into the source's pages image; LZ_KIND_BROKEN: level of the chain; else 0 */
-	uint32_t pages;    /* > 0 */
-	uint16_t source;   /* index into the list of pages images; 0 unless LZ_KIND_DUMPED */
-	uint8_t kind;      /* enum lz_kind */
-	uint8_t lazy;      /* 1: may be restored lazily; 0: the restorer fills it before the task runs */
+	uint64_t start;  /* image address, page-aligned */
+	uint64_t offset; /* bytes into the source's pages image; LZ_KIND_BROKEN: level of the chain; else 0 */
+	uint32_t pages;  /* > 0 */
+	uint16_t source; /* index into the list of pages images; 0 unless LZ_KIND_DUMPED */
+	uint8_t kind;    /* enum lz_kind */
+	uint8_t lazy;    /* 1: may be restored lazily; 0: the restorer fills it before the task runs */
 };
 /* cffi: end */
 
@@ -93,7 +93,7 @@ enum lz_bad {
 };
 
 struct lz_pagemap_error {
-	uint64_t offset; /* in the image: of the record, or of the field inside it */
+	uint64_t offset;  /* in the image: of the record, or of the field inside it */
 	uint64_t address; /* image address, if has_address */
 	uint64_t detail[2];
 	int32_t code; /* enum lz_bad */
@@ -173,7 +173,7 @@ struct lz_vma {
 
 /* A run of a task's address space that the engine serves. Regions are sorted by start and disjoint. */
 struct lz_region {
-	uint64_t start;       /* run address */
+	uint64_t start; /* run address */
 	uint64_t pages;
 	uint64_t image_start; /* image address of the page at start */
 	uint64_t state_index; /* number of the first page's state in the space's states */
@@ -202,12 +202,12 @@ struct lz_space {
 
 /* A run of missing pages that have one source and are contiguous in the task and in the source. */
 struct lz_run {
-	uint64_t start;  /* run address */
+	uint64_t start; /* run address */
 	uint64_t pages;
 	uint64_t offset; /* bytes into the source */
 	uint64_t page;   /* number of the first page inside its region */
 	uint16_t source;
-	uint8_t kind;    /* LZ_KIND_DUMPED or LZ_KIND_REMOTE */
+	uint8_t kind; /* LZ_KIND_DUMPED or LZ_KIND_REMOTE */
 };
 
 struct lz_arena;
@@ -240,8 +240,7 @@ void lz_space_remove(struct lz_arena *arena, struct lz_space *space, uint64_t st
 int64_t lz_space_find(struct lz_arena *arena, const struct lz_space *space, uint64_t address);
 const struct lz_region *lz_space_region(struct lz_arena *arena, const struct lz_space *space, uint32_t number);
 enum lz_state lz_space_state(struct lz_arena *arena, const struct lz_space *space, uint64_t address);
-void lz_space_mark(struct lz_arena *arena, struct lz_space *space, uint64_t start, uint64_t pages,
-		   enum lz_state state);
+void lz_space_mark(struct lz_arena *arena, struct lz_space *space, uint64_t start, uint64_t pages, enum lz_state state);
 /*
  * Find the first run of missing image pages (dumped or remote) in pages [page, limit_page) of a region; at most
  * max_pages long. Returns 1 and *run, or 0 where there is none.
@@ -257,23 +256,23 @@ enum lz_fill {
 };
 
 struct lz_config {
-	uint32_t workers;    /* threads; tasks are dealt out over them */
-	uint32_t fill;       /* enum lz_fill */
-	uint64_t fill_rate;  /* bytes a second over all tasks, 0: no limit */
+	uint32_t workers;            /* threads; tasks are dealt out over them */
+	uint32_t fill;               /* enum lz_fill */
+	uint64_t fill_rate;          /* bytes a second over all tasks, 0: no limit */
 	uint32_t fault_around_pages; /* window of a fault that shows no pattern; 1: the page alone */
 };
 
 /* One thing worth telling, from a worker to whoever reports. */
 enum lz_notice_kind {
-	LZ_NOTICE_TASK_FILLED = 1,     /* every image page of the task is in; its uffd is closed */
-	LZ_NOTICE_TASK_GONE = 2,       /* its memory is gone: it exited, was killed or called exec */
-	LZ_NOTICE_FORKED = 3,          /* task is the child's number, value the parent's */
-	LZ_NOTICE_UNREADABLE = 4,      /* value pages at address poisoned: their bytes cannot be read; error why */
-	LZ_NOTICE_HELD = 5,            /* as UNREADABLE, but the kernel cannot poison: their faults stay blocked */
-	LZ_NOTICE_SOURCE_CHANGED = 6,  /* the pages image (source) was written or cut while it was served */
-	LZ_NOTICE_TASK_FAILED = 7,     /* the task cannot be served any more: error why; its missing pages are poisoned */
-	LZ_NOTICE_LOST = 8,            /* value notices were dropped because nobody read them */
-	LZ_NOTICE_SUSPECT = 9,         /* pages at address may have been installed from a source that was cut meanwhile */
+	LZ_NOTICE_TASK_FILLED = 1,    /* every image page of the task is in; its uffd is closed */
+	LZ_NOTICE_TASK_GONE = 2,      /* its memory is gone: it exited, was killed or called exec */
+	LZ_NOTICE_FORKED = 3,         /* task is the child's number, value the parent's */
+	LZ_NOTICE_UNREADABLE = 4,     /* value pages at address poisoned: their bytes cannot be read; error why */
+	LZ_NOTICE_HELD = 5,           /* as UNREADABLE, but the kernel cannot poison: their faults stay blocked */
+	LZ_NOTICE_SOURCE_CHANGED = 6, /* the pages image (source) was written or cut while it was served */
+	LZ_NOTICE_TASK_FAILED = 7, /* the task cannot be served any more: error why; its missing pages are poisoned */
+	LZ_NOTICE_LOST = 8,        /* value notices were dropped because nobody read them */
+	LZ_NOTICE_SUSPECT = 9,     /* pages at address may have been installed from a source that was cut meanwhile */
 };
 
 struct lz_notice {
@@ -306,21 +305,21 @@ struct lz_task_info {
 
 /* Sums over all workers. Counted since the engine started. */
 struct lz_totals {
-	uint64_t faults;              /* messages read */
-	uint64_t fault_copied_pages;  /* installed by a fault: its page and its neighbours */
-	uint64_t fill_copied_pages;   /* installed in the background */
-	uint64_t zero_pages;          /* installed by ZEROPAGE */
-	uint64_t present_pages;       /* were there already: EEXIST, or a fault on an installed page */
+	uint64_t faults;             /* messages read */
+	uint64_t fault_copied_pages; /* installed by a fault: its page and its neighbours */
+	uint64_t fill_copied_pages;  /* installed in the background */
+	uint64_t zero_pages;         /* installed by ZEROPAGE */
+	uint64_t present_pages;      /* were there already: EEXIST, or a fault on an installed page */
 	uint64_t poisoned_pages;
-	uint64_t dropped_pages;       /* missing image pages that the task unmapped or dropped before they were read */
-	uint64_t image_pages;         /* to be installed, over all tasks, forks included */
-	uint64_t left_pages;          /* still missing */
+	uint64_t dropped_pages; /* missing image pages that the task unmapped or dropped before they were read */
+	uint64_t image_pages;   /* to be installed, over all tasks, forks included */
+	uint64_t left_pages;    /* still missing */
 	uint64_t forks, remaps, removes, unmaps;
-	uint64_t again;               /* EAGAIN: the layout was changing */
-	uint64_t unregistered_pages;  /* handed back to the kernel before the end */
+	uint64_t again;              /* EAGAIN: the layout was changing */
+	uint64_t unregistered_pages; /* handed back to the kernel before the end */
 	uint64_t fault_ns_max;
 	uint64_t fault_ns_sum;
-	uint64_t fill_ns;             /* time spent in background copies */
+	uint64_t fill_ns; /* time spent in background copies */
 	/* Latency of faults, at most: from the last moment the queue was seen empty until the page was in.
 	 * Bucket of x ns: x < 16: x; else 16 * (exponent - 3) + next four bits below the leading one. */
 	uint64_t fault_ns[LZ_LATENCY_BUCKETS];

@@ -37,14 +37,14 @@
 #define BUFFER_BYTES (256U << 10)
 
 /* Low bits of lz_entry.word. */
-#define WORD_4_SHIFT 0       /* field 4, 0 to 7 */
+#define WORD_4_SHIFT 0 /* field 4, 0 to 7 */
 #define WORD_4_MASK 7U
 #define WORD_HAS_4 (1U << 3)
-#define WORD_PARENT (1U << 4)   /* field 3 is true */
+#define WORD_PARENT (1U << 4) /* field 3 is true */
 #define WORD_HAS_5 (1U << 5)
-#define WORD_5_TRUE (1U << 6)   /* field 5 is 1 beside a field 2 that is not 0: lazy, if booleans */
-#define WORD_2_ZERO (1U << 7)   /* the count came from field 5 */
-#define WORD_5_COUNT (1U << 8)  /* field 5 is above 1 and equals field 2 */
+#define WORD_5_TRUE (1U << 6)  /* field 5 is 1 beside a field 2 that is not 0: lazy, if booleans */
+#define WORD_2_ZERO (1U << 7)  /* the count came from field 5 */
+#define WORD_5_COUNT (1U << 8) /* field 5 is above 1 and equals field 2 */
 #define WORD_BITS (LZ_PAGE_SIZE - 1)
 
 #define PE_PARENT 1U
@@ -53,16 +53,16 @@
 
 struct reader {
 	int fd;
-	uint64_t base;  /* file offset of bytes[0] */
-	size_t at;      /* next byte to look at */
+	uint64_t base; /* file offset of bytes[0] */
+	size_t at;     /* next byte to look at */
 	size_t filled;
 	uint8_t *bytes;
 	struct lz_pagemap_error *error;
 };
 
 struct fields {
-	uint64_t value[6];  /* by field number; [0] unused */
-	uint32_t present;   /* bit n: field n */
+	uint64_t value[6]; /* by field number; [0] unused */
+	uint32_t present;  /* bit n: field n */
 };
 
 static int bad(struct lz_pagemap_error *error, int code, uint64_t offset, uint64_t first, uint64_t second)
@@ -123,9 +123,9 @@ static uint64_t position(const struct reader *r)
 
 static int reader_start(struct reader *r, int fd, struct lz_pagemap_error *error)
 {
-	static const uint32_t magics[2] = {MAGIC_COMMON, MAGIC_PAGEMAP};
+	static const uint32_t magics[2] = { MAGIC_COMMON, MAGIC_PAGEMAP };
 
-	*r = (struct reader){.fd = fd, .error = error};
+	*r = (struct reader){ .fd = fd, .error = error };
 	r->bytes = malloc(BUFFER_BYTES);
 	if (!r->bytes)
 		return -ENOMEM;
@@ -416,7 +416,7 @@ int lz_pagemap_locate(int fd, uint64_t address, uint64_t *offset)
 
 /* What an entry says in the dialect of its chain. */
 struct meaning {
-	uint8_t kind;  /* enum lz_kind, or 0: in the parent */
+	uint8_t kind; /* enum lz_kind, or 0: in the parent */
 	uint8_t lazy;
 };
 
@@ -536,7 +536,7 @@ static int append_from_parent(struct lz_table *out, const struct lz_table *paren
 	while (start < end) {
 		while (*row < parent->count && row_end(&parent->rows[*row]) <= start)
 			(*row)++;
-		struct lz_extent run = {.start = start, .offset = level, .kind = LZ_KIND_BROKEN};
+		struct lz_extent run = { .start = start, .offset = level, .kind = LZ_KIND_BROKEN };
 		uint64_t stop = end;
 		if (*row < parent->count) {
 			const struct lz_extent *below = &parent->rows[*row];
@@ -575,7 +575,7 @@ static int push(struct lz_table *out, const struct lz_table *parent, const struc
 		if (meaning.kind == 0) {
 			result = append_from_parent(out, parent, &row, start, start + bytes, meaning.lazy, level);
 		} else {
-			struct lz_extent run = {.start = start, .kind = meaning.kind, .lazy = meaning.lazy};
+			struct lz_extent run = { .start = start, .kind = meaning.kind, .lazy = meaning.lazy };
 			if (meaning.kind == LZ_KIND_DUMPED) {
 				/* Entries are disjoint, so that the offsets stay below the size of user space. */
 				if (offset + bytes > pages_image_bytes) {
@@ -601,7 +601,7 @@ static int push(struct lz_table *out, const struct lz_table *parent, const struc
 int lz_table_push(struct lz_table *table, const struct lz_pagemap *pagemap, uint32_t level, int dialect,
 		  uint64_t pages_image_bytes, struct lz_pagemap_error *error)
 {
-	struct lz_table out = {0};
+	struct lz_table out = { 0 };
 	int result;
 
 	assert(level <= UINT16_MAX);

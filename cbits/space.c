@@ -407,8 +407,7 @@ int lz_space_remap(struct lz_arena *arena, struct lz_space *space, uint64_t from
 	return 0;
 }
 
-void lz_space_mark(struct lz_arena *arena, struct lz_space *space, uint64_t start, uint64_t pages,
-		   enum lz_state state)
+void lz_space_mark(struct lz_arena *arena, struct lz_space *space, uint64_t start, uint64_t pages, enum lz_state state)
 {
 	const uint64_t end = start + (pages << LZ_PAGE_SHIFT);
 	const struct lz_region *regions = regions_of(arena, space);
@@ -438,8 +437,7 @@ enum lz_state lz_space_state(struct lz_arena *arena, const struct lz_space *spac
 	if (number < 0)
 		return LZ_REMOVED;
 	region = &regions_of(arena, space)[number];
-	return state_get(states_of(arena, space),
-			 region->state_index + ((address - region->start) >> LZ_PAGE_SHIFT));
+	return state_get(states_of(arena, space), region->state_index + ((address - region->start) >> LZ_PAGE_SHIFT));
 }
 
 /* Number of the first extent that ends after an image address. */

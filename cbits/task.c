@@ -11,9 +11,9 @@
 #include <time.h>
 #include <unistd.h>
 
-#define FIRST_BACKOFF_NS 2000U      /* after an EAGAIN: doubles up to the last */
+#define FIRST_BACKOFF_NS 2000U /* after an EAGAIN: doubles up to the last */
 #define LAST_BACKOFF_NS 1000000U
-#define POISON_TRIES 2000U          /* times 1 ms */
+#define POISON_TRIES 2000U /* times 1 ms */
 
 int lz_task_adopt(struct lz_worker *worker, struct lz_task *task)
 {
@@ -39,8 +39,7 @@ int lz_task_adopt(struct lz_worker *worker, struct lz_task *task)
 	return 0;
 }
 
-void lz_task_end(struct lz_worker *worker, struct lz_task *task, enum lz_task_status status,
-		     struct lz_notice notice)
+void lz_task_end(struct lz_worker *worker, struct lz_task *task, enum lz_task_status status, struct lz_notice notice)
 {
 	struct lz_arena *arena = worker->engine->arena;
 	const int uffd = task->uffd;
@@ -63,8 +62,7 @@ void lz_task_end(struct lz_worker *worker, struct lz_task *task, enum lz_task_st
 	task->uffd = -1;
 	close(uffd); /* epoll forgets it with its last descriptor */
 	lz_space_drop(arena, &task->space);
-	lz_arena_release(arena, task->saved.regions_offset,
-			 task->saved.region_capacity * sizeof(struct lz_region));
+	lz_arena_release(arena, task->saved.regions_offset, task->saved.region_capacity * sizeof(struct lz_region));
 	memset(&task->saved, 0, sizeof(task->saved));
 	notice.task = task->number;
 	lz_notify(worker, notice);
@@ -160,10 +158,9 @@ void lz_task_fail(struct lz_worker *worker, struct lz_task *task, int error)
 	missed = lz_task_poison(worker, task, task->uffd);
 
 	if (lz_is_serving(task))
-		lz_task_end(worker, task, LZ_TASK_FAILED,
-			 (struct lz_notice){ .kind = LZ_NOTICE_TASK_FAILED,
-					     .error = error,
-					     .value = (uint64_t)missed });
+		lz_task_end(
+			worker, task, LZ_TASK_FAILED,
+			(struct lz_notice){ .kind = LZ_NOTICE_TASK_FAILED, .error = error, .value = (uint64_t)missed });
 }
 
 /* Deal with what an attempt to install something said. True when it is not to be tried again. */

@@ -19,7 +19,8 @@ static const void *unreadable(uint64_t length)
 	if (length > UNREADABLE_BYTES)
 		return NULL;
 	if (!__atomic_load_n(&page, __ATOMIC_ACQUIRE)) {
-		void *none = mmap(NULL, UNREADABLE_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+		void *none =
+			mmap(NULL, UNREADABLE_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
 		if (none == MAP_FAILED)
 			return NULL;

@@ -38,9 +38,9 @@
 
 #define FAULTS 1024U
 
-#define SPIN_NS 50000U              /* looks for the next fault this long before it blocks */
-#define SETTLE_NS 30000U            /* waits this long in place for a layout to settle */
-#define PROBE_NS 50000000U          /* how often an idle task is asked whether it still exists */
+#define SPIN_NS 50000U     /* looks for the next fault this long before it blocks */
+#define SETTLE_NS 30000U   /* waits this long in place for a layout to settle */
+#define PROBE_NS 50000000U /* how often an idle task is asked whether it still exists */
 
 static void serve(struct lz_worker *worker, struct lz_task *task)
 {

@@ -46,8 +46,7 @@ static inline void lz_forget_left(struct lz_task *task, uint64_t pages)
 /* task.c */
 int lz_task_adopt(struct lz_worker *worker, struct lz_task *task);
 /* Close the uffd: only when no image page is missing or poisoned, or the memory is gone. The space is dropped. */
-void lz_task_end(struct lz_worker *worker, struct lz_task *task, enum lz_task_status status,
-		 struct lz_notice notice);
+void lz_task_end(struct lz_worker *worker, struct lz_task *task, enum lz_task_status status, struct lz_notice notice);
 void lz_task_gone(struct lz_worker *worker, struct lz_task *task);
 /* Poison what is missing and end the task. */
 void lz_task_fail(struct lz_worker *worker, struct lz_task *task, int error);
@@ -73,8 +72,7 @@ uint64_t lz_resident_bytes(struct lz_worker *worker, uint16_t source, uint64_t s
 
 /* fault.c */
 /* Answer a fault, or keep it for later. `since` is when it may have happened, `read` what was read for it, if any. */
-void lz_fault_answer(struct lz_worker *worker, struct lz_task *task, uint64_t address, uint64_t since,
-		     uint32_t read);
+void lz_fault_answer(struct lz_worker *worker, struct lz_task *task, uint64_t address, uint64_t since, uint32_t read);
 void lz_fault_retry(struct lz_worker *worker, uint64_t now);
 
 /* events.c */
@@ -97,8 +95,7 @@ void lz_events_recover(struct lz_task *task, const struct uffd_msg *message);
 /* One round of background work. True when something was done and the next round may do more. */
 bool lz_fill(struct lz_worker *worker, uint64_t now);
 /* The next missing run of a task in order; false when no image page of it is missing. */
-bool lz_fill_next(struct lz_worker *worker, struct lz_task *task, uint64_t most, struct lz_run *run,
-		  uint32_t *region);
+bool lz_fill_next(struct lz_worker *worker, struct lz_task *task, uint64_t most, struct lz_run *run, uint32_t *region);
 /* A page at a run address is missing again: the fill has to come back to it. */
 void lz_fill_again(struct lz_worker *worker, struct lz_task *task, uint64_t address);
 /* End a task of which nothing is missing; false when pages are held back whose faults must stay blocked. */

@@ -71,27 +71,15 @@ def _make_parser() -> _Parser:
     parser = _Parser(prog="lazyd", usage=_USAGE, add_help=False)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     files = parser.add_argument_group("files")
-    files.add_argument(
-        "-D", "--images-dir", "--images", metavar="DIR", type=Path, help="directory of the images"
-    )
-    files.add_argument(
-        "-W", "--work-dir", metavar="DIR", type=Path, help="where the socket and logs go (as -D)"
-    )
-    files.add_argument(
-        "-o", "--log-file", metavar="FILE", type=Path, help="log to this file in the work directory"
-    )
-    files.add_argument(
-        "--pidfile", metavar="FILE", type=Path, help="write the pid to this file in the work directory"
-    )
+    files.add_argument("-D", "--images-dir", "--images", metavar="DIR", type=Path, help="directory of the images")
+    files.add_argument("-W", "--work-dir", metavar="DIR", type=Path, help="where the socket and logs go (as -D)")
+    files.add_argument("-o", "--log-file", metavar="FILE", type=Path, help="log to this file in the work directory")
+    files.add_argument("--pidfile", metavar="FILE", type=Path, help="write the pid to this file in the work directory")
     files.add_argument("--stats", metavar="FILE", type=Path, help="write the closing statistics as JSON")
 
     serving = parser.add_argument_group("serving")
-    serving.add_argument(
-        "--fill", choices=("full", "off"), help="fill in the background (full), or only on demand"
-    )
-    serving.add_argument(
-        "--fill-rate", metavar="BYTES", type=_rate, help="bytes a second, as 512K, 64M or 2G"
-    )
+    serving.add_argument("--fill", choices=("full", "off"), help="fill in the background (full), or only on demand")
+    serving.add_argument("--fill-rate", metavar="BYTES", type=_rate, help="bytes a second, as 512K, 64M or 2G")
     serving.add_argument("--workers", metavar="N", type=_count, help="threads (as many as cores, at most 4)")
     serving.add_argument(
         "--pagemap-format",
@@ -101,12 +89,8 @@ def _make_parser() -> _Parser:
 
     running = parser.add_argument_group("running")
     running.add_argument("-d", "--daemon", action="store_true", help="go into the background once listening")
-    running.add_argument(
-        "--status-fd", metavar="FD", type=_count, help="write one zero byte there once listening"
-    )
-    running.add_argument(
-        "-v", action=_Verbosity, nargs=0, dest="verbosity", help="-v1 errors … -v4 debugging (-v3)"
-    )
+    running.add_argument("--status-fd", metavar="FD", type=_count, help="write one zero byte there once listening")
+    running.add_argument("-v", action=_Verbosity, nargs=0, dest="verbosity", help="-v1 errors … -v4 debugging (-v3)")
     running.add_argument("--verbosity", action=_Verbosity, metavar="N", help=argparse.SUPPRESS)
     running.add_argument("--no-progress", action="store_true", help="no bar and no progress lines")
     running.add_argument("--json", action="store_true", help="show: for programs")
@@ -115,9 +99,7 @@ def _make_parser() -> _Parser:
 
     criu = parser.add_argument_group("taken as criu takes them")
     criu.add_argument("--config", metavar="FILE", type=Path, help="read options from this file too")
-    criu.add_argument(
-        "--no-default-config", action="store_true", help="do not read criu's configuration files"
-    )
+    criu.add_argument("--no-default-config", action="store_true", help="do not read criu's configuration files")
     criu.add_argument("-j", "--shell-job", action="store_true", help="no meaning here")
 
     remote = parser.add_argument_group("pages from a page server (not built yet)")

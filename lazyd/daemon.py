@@ -52,9 +52,7 @@ class Announcement:
                 raise SystemCallError(f"--status-fd {options.status_fd}", error.errno or 0) from error
         if self._path is not None:
             try:
-                self._pidfile = os.open(
-                    self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644
-                )
+                self._pidfile = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
             except OSError as error:
                 raise SystemCallError("opening the pidfile", error.errno or 0, path=self._path) from error
 

@@ -388,9 +388,7 @@ def summary_lines(outcome: Outcome) -> list[str]:
     ends: dict[str, int] = {}
     for task in outcome.tasks:
         ends[task.status.name.lower()] = ends.get(task.status.name.lower(), 0) + 1
-    lines.append(
-        f"tasks: {len(outcome.tasks)}: " + ", ".join(f"{count} {name}" for name, count in ends.items())
-    )
+    lines.append(f"tasks: {len(outcome.tasks)}: " + ", ".join(f"{count} {name}" for name, count in ends.items()))
     if outcome.problems:
         lines.append(f"problems: {len(outcome.problems)}, the first: {outcome.problems[0]}")
     return lines
@@ -426,9 +424,7 @@ def _faults(totals: Totals, *, is_full: bool = False) -> str:
     latency = [("p50", totals.quantile(0.5))]
     if is_full:
         latency += [("p99", totals.quantile(0.99)), ("max", totals.fault_ns_max)]
-    return f"faults: {totals.faults}, " + ", ".join(
-        f"{name} {human_seconds(ns / 1e9)}" for name, ns in latency
-    )
+    return f"faults: {totals.faults}, " + ", ".join(f"{name} {human_seconds(ns / 1e9)}" for name, ns in latency)
 
 
 def _percent(part: int, whole: int) -> str:

@@ -180,9 +180,7 @@ class Connection:
             for descriptor in descriptors:
                 os.close(descriptor)
             # unix(7): also what happens when the receiver has no descriptor left.
-            raise ProtocolError(
-                SOCKET_NAME, "descriptors were lost on the way: is the limit of open files reached?"
-            )
+            raise ProtocolError(SOCKET_NAME, "descriptors were lost on the way: is the limit of open files reached?")
         return self._handshake.feed(data, descriptors, sender=sender)
 
     def close(self) -> None:

@@ -204,9 +204,7 @@ class Session:
                 self._stop_tasks()
         return self._finish()
 
-    def _wait(
-        self, source: int | socket.socket | Listener | Connection, callback: Callable[[], None]
-    ) -> None:
+    def _wait(self, source: int | socket.socket | Listener | Connection, callback: Callable[[], None]) -> None:
         self._selector.register(source, selectors.EVENT_READ, callback)
 
     def _finish(self) -> Outcome:
@@ -285,9 +283,7 @@ class Session:
                 self._restore_finished()
             case HungUp():
                 self._hang_up()
-                handed = (
-                    f"{len(self._announced)} of {len(self._tasks) + len(self._announced)} tasks handed over"
-                )
+                handed = f"{len(self._announced)} of {len(self._tasks) + len(self._announced)} tasks handed over"
                 self._abandon(f"{SOCKET_NAME}: the restorer hung up before it had finished, {handed}")
 
     def _announce(self, pid: int, expected: dict[int, int] | set[int], what: str) -> None:
@@ -356,13 +352,9 @@ class Session:
             case NoticeKind.FORKED:
                 self._log.debug(f"{self._name(notice.value)}: forked {who}")
             case NoticeKind.UNREADABLE:
-                self._fail(
-                    f"{who}: {pages} cannot be read from {source} ({why}): poisoned, touching it is SIGBUS"
-                )
+                self._fail(f"{who}: {pages} cannot be read from {source} ({why}): poisoned, touching it is SIGBUS")
             case NoticeKind.HELD:
-                self._fail(
-                    f"{who}: {pages} cannot be read from {source} ({why}): whoever touches it waits for ever"
-                )
+                self._fail(f"{who}: {pages} cannot be read from {source} ({why}): whoever touches it waits for ever")
             case NoticeKind.SOURCE_CHANGED:
                 self._fail(f"{source}: changed while it is being served, it has {notice.value} bytes now")
             case NoticeKind.SUSPECT:

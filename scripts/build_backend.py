@@ -56,26 +56,26 @@ def generate() -> None:
     )
 
 
-def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):  # noqa: ANN201, ANN001
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
     generate()
     return _setuptools.build_wheel(wheel_directory, config_settings, metadata_directory)
 
 
-def build_editable(wheel_directory, config_settings=None, metadata_directory=None):  # noqa: ANN201, ANN001
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
     generate()
     return _setuptools.build_editable(wheel_directory, config_settings, metadata_directory)
 
 
-def build_sdist(sdist_directory, config_settings=None):  # noqa: ANN201, ANN001
+def build_sdist(sdist_directory, config_settings=None):
     generate()
     return _setuptools.build_sdist(sdist_directory, config_settings)
 
 
-def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):  # noqa: ANN201, ANN001
+def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
     generate()
     return _setuptools.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
 
 
-def prepare_metadata_for_build_editable(metadata_directory, config_settings=None):  # noqa: ANN201, ANN001
+def prepare_metadata_for_build_editable(metadata_directory, config_settings=None):
     generate()
     return _setuptools.prepare_metadata_for_build_editable(metadata_directory, config_settings)

@@ -188,9 +188,7 @@ def build_chain(directory: Path, levels: Sequence[Sequence[Task]], *, dialect: s
     """Write directories 0 (the youngest), 1 … below `directory`, each the parent of the last; return 0."""
     parent = None
     for number in range(len(levels) - 1, -1, -1):
-        parent = build_checkpoint(
-            directory / str(number), levels[number], dialect=dialect, parent=parent, salt=number
-        )
+        parent = build_checkpoint(directory / str(number), levels[number], dialect=dialect, parent=parent, salt=number)
     assert parent is not None
     return parent
 

@@ -284,9 +284,7 @@ class _Sources:
         if path in self._numbers:
             return self._numbers[path]
         if len(self.opened) == MAX_SOURCES:
-            raise ImageError(
-                self.path, f"more than {MAX_SOURCES} pages images in use: the most that is supported"
-            )
+            raise ImageError(self.path, f"more than {MAX_SOURCES} pages images in use: the most that is supported")
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:

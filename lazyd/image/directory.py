@@ -219,9 +219,7 @@ class ImagesDirectory:
             if reason:
                 raise ImageError(self.path / name, reason, offset=record.offset, address=start)
             last_end = end
-            vmas.append(
-                Vma(start, end, vma.prot, vma.flags, vma.status, vma.pgoff, vma.shmid, vma.fd, vma.madv)
-            )
+            vmas.append(Vma(start, end, vma.prot, vma.flags, vma.status, vma.pgoff, vma.shmid, vma.fd, vma.madv))
         return vmas
 
     def read_core(self, pid: int) -> CoreState:

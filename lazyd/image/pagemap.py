@@ -187,9 +187,7 @@ def find_evidence(pagemaps: list[Pagemap]) -> tuple[Dialect, str] | None:
         if bare is None:
             return Dialect.FLAGS, f"flags {flags_where}"
         # The odd one out is the bare entry: every writer of flags gives each entry a field 4.
-        reason = (
-            f"corrupt: the images mix two dialects: a dumped entry without field 4 here, flags {flags_where}"
-        )
+        reason = f"corrupt: the images mix two dialects: a dumped entry without field 4 here, flags {flags_where}"
         offset, address = int(bare._raw.bare_offset), int(bare._raw.bare_address)
         raise ImageError(bare.path, reason, offset=offset, address=address)
     if bare is not None:
@@ -250,9 +248,7 @@ class ExtentTable:
         if not 0 <= index < self._count:
             raise IndexError(index)
         row = self._rows[index]
-        return Extent(
-            ImageAddress(row.start), row.pages, Kind(row.kind), bool(row.lazy), row.source, row.offset
-        )
+        return Extent(ImageAddress(row.start), row.pages, Kind(row.kind), bool(row.lazy), row.source, row.offset)
 
     def __iter__(self) -> Iterator[Extent]:
         for index in range(self._count):
@@ -294,9 +290,7 @@ class FlatTable:
         `level` numbers the image in its chain; pages_image_bytes None: there is no pages image.
         """
         error = ffi.new("struct lz_pagemap_error *")
-        result = lib.lz_table_push(
-            self._table, pagemap._raw, level, self._dialect, pages_image_bytes or 0, error
-        )
+        result = lib.lz_table_push(self._table, pagemap._raw, level, self._dialect, pages_image_bytes or 0, error)
         if result == -errno.ENOMEM:
             raise MemoryError
         if result < 0:

@@ -113,10 +113,7 @@ def _totals(tasks: list[Description]) -> Description:
         "vmas": sum(len(task["vmas"]) for task in tasks),
         "bytes_lazy_vmas": sum(vma["bytes"] for task in tasks for vma in task["vmas"] if vma["lazy"]),
         "extents": {
-            word: {
-                key: sum(task["extents"][word][key] for task in tasks)
-                for key in ("extents", "bytes", "bytes_lazy")
-            }
+            word: {key: sum(task["extents"][word][key] for task in tasks) for key in ("extents", "bytes", "bytes_lazy")}
             for word in KIND_WORDS.values()
         },
     }

@@ -99,9 +99,7 @@ def _check_pagemaps(
     for name in vmas_of:
         if name not in levels[0].maps:
             report(ImageError(levels[0].path / name, "missing, though the task has memory"))
-    dialects = _decide_dialects(
-        levels, set(vmas_of), asked, report, has_parent=len(levels) > 1 or not whole_chain
-    )
+    dialects = _decide_dialects(levels, set(vmas_of), asked, report, has_parent=len(levels) > 1 or not whole_chain)
     for name in sorted({name for level in levels for name in level.maps}):
         dialect = dialects[name in vmas_of]
         if dialect is None:

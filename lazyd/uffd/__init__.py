@@ -234,9 +234,7 @@ class Engine:
         raw = ffi.new("struct lz_task_info *")
         if lib.lz_engine_task(self._engine, number, raw) < 0:
             raise KeyError(number)
-        return TaskInfo(
-            raw.image_pid, raw.run_pid, TaskStatus(raw.status), raw.parent, raw.image_pages, raw.left_pages
-        )
+        return TaskInfo(raw.image_pid, raw.run_pid, TaskStatus(raw.status), raw.parent, raw.image_pages, raw.left_pages)
 
 
 def fork_keeping_fds() -> int:

@@ -38,14 +38,13 @@
 #define PAGE LZ_PAGE_SIZE
 #define THREADS 4
 
-#define CHECK(condition)                                                                         \
-	do {                                                                                     \
-		if (!(condition)) {                                                              \
-			fprintf(stderr, "%s:%d: %s: not so: %s\n", __FILE__, __LINE__, __func__, \
-				#condition);                                                     \
-			end_victim();                                                            \
-			exit(1);                                                                 \
-		}                                                                                \
+#define CHECK(condition)                                                                                               \
+	do {                                                                                                           \
+		if (!(condition)) {                                                                                    \
+			fprintf(stderr, "%s:%d: %s: not so: %s\n", __FILE__, __LINE__, __func__, #condition);          \
+			end_victim();                                                                                  \
+			exit(1);                                                                                       \
+		}                                                                                                      \
 	} while (0)
 
 enum op { NOP, READ, WRITE, DROP, FREE, WIPE, MOVE, UNMAP, MAP, FORK, EXIT, CALL };
@@ -296,8 +295,8 @@ static void victim_main(int link, const struct lz_vma *vmas, uint32_t count)
 	for (uint32_t i = 0; i < count; i++) {
 		struct uffdio_register request = { .range = { vmas[i].start, vmas[i].end - vmas[i].start },
 						   .mode = UFFDIO_REGISTER_MODE_MISSING };
-		void *map = mmap((void *)(uintptr_t)vmas[i].start, vmas[i].end - vmas[i].start,
-				 PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+		void *map = mmap((void *)(uintptr_t)vmas[i].start, vmas[i].end - vmas[i].start, PROT_READ | PROT_WRITE,
+				 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
 
 		if (map == MAP_FAILED || ioctl(uffd, UFFDIO_REGISTER, &request))
 			_exit(78);
@@ -356,12 +355,12 @@ static bool blocks(struct slot *slot)
 /* The engine over one victim */
 
 struct scene {
-	uint32_t pages;      /* of one VMA at BASE, all dumped but page 3 (zero) and the last 8 (no entry) */
+	uint32_t pages; /* of one VMA at BASE, all dumped but page 3 (zero) and the last 8 (no entry) */
 	enum lz_fill fill;
-	uint32_t vmas;       /* 1, or 2: a second of the same size without image bytes at BASE + 1 GiB */
-	bool guarded;        /* a copy of this process serves, see take_over */
-	uint32_t flags;      /* of the VMA at BASE */
-	int *source_fd;      /* out, when not NULL: the pages image */
+	uint32_t vmas;  /* 1, or 2: a second of the same size without image bytes at BASE + 1 GiB */
+	bool guarded;   /* a copy of this process serves, see take_over */
+	uint32_t flags; /* of the VMA at BASE */
+	int *source_fd; /* out, when not NULL: the pages image */
 };
 
 static struct lz_totals totals(void)
@@ -380,8 +379,11 @@ static void set_up(const struct scene *scene)
 	struct lz_extent extents[] = {
 		{ .start = BASE, .pages = 3, .kind = LZ_KIND_DUMPED, .lazy = 1 },
 		{ .start = BASE + 3 * PAGE, .pages = 1, .kind = LZ_KIND_ZERO, .lazy = 1 },
-		{ .start = BASE + 4 * PAGE, .offset = 3 * PAGE, .pages = scene->pages - 12,
-		  .kind = LZ_KIND_DUMPED, .lazy = 1 },
+		{ .start = BASE + 4 * PAGE,
+		  .offset = 3 * PAGE,
+		  .pages = scene->pages - 12,
+		  .kind = LZ_KIND_DUMPED,
+		  .lazy = 1 },
 	};
 	struct lz_config config = { .workers = 1, .fill = scene->fill, .fault_around_pages = 1 };
 	int link[2], image, error, number, uffd;
@@ -867,7 +869,8 @@ static void test_killed_at_event(void)
 		take_over(1);
 		CHECK(finish(&control->slot[0]) == 0);
 		for (uint32_t page = 0; page < 56; page++)
-			CHECK(run_child(READ, BASE + page * PAGE, 0, 0) == (page == 3 ? 0 : word_at(BASE + page * PAGE)));
+			CHECK(run_child(READ, BASE + page * PAGE, 0, 0) ==
+			      (page == 3 ? 0 : word_at(BASE + page * PAGE)));
 		check_pages(BASE, BASE, 0, 64, 64);
 		tear_down();
 	}
@@ -898,7 +901,8 @@ static void test_killed_while_applying(void)
 		take_over(2);
 		CHECK(finish(&control->slot[0]) == 0);
 		for (uint32_t page = 0; page < 56; page++)
-			CHECK(run_child(READ, BASE + page * PAGE, 0, 0) == (page == 3 ? 0 : word_at(BASE + page * PAGE)));
+			CHECK(run_child(READ, BASE + page * PAGE, 0, 0) ==
+			      (page == 3 ? 0 : word_at(BASE + page * PAGE)));
 		check_pages(BASE, BASE, 0, 64, 64);
 		CHECK(totals().tasks == 2);
 		tear_down();

@@ -56,7 +56,7 @@ static enum lz_truth truth(void *context, int child, uint64_t address)
 {
 	const struct kernel *kernel = context;
 	const struct world *world = child == LZ_BEFORE ? &kernel->before :
-				    child < 0	       ? &kernel->now :
+				    child < 0          ? &kernel->now :
 							 &kernel->child[child];
 
 	if (child == LZ_BEFORE)
@@ -145,8 +145,7 @@ static int one_case(void)
 		return 0;
 	/* What passes must be of another thread, and a drop passes nothing but a fork: see layout.h. */
 	both = made[passed].event != UFFD_EVENT_REMOVE && made[passed + 1].event != UFFD_EVENT_REMOVE;
-	if (passes && !both &&
-	    !(made[passed].event == UFFD_EVENT_FORK && made[passed + 1].event == UFFD_EVENT_REMOVE))
+	if (passes && !both && !(made[passed].event == UFFD_EVENT_FORK && made[passed + 1].event == UFFD_EVENT_REMOVE))
 		return 0;
 	if (passes) {
 		at[passed] = (uint8_t)(passed + 1);

@@ -57,7 +57,7 @@ static size_t put_varint(uint8_t *at, uint64_t value)
 /* Start an image with its magics and the head of pages image 7. */
 static void put_start(struct image *image)
 {
-	static const uint8_t start[] = {0x19, 0x43, 0x56, 0x54, 0x25, 0x40, 0x08, 0x56, 2, 0, 0, 0, 0x08, 7};
+	static const uint8_t start[] = { 0x19, 0x43, 0x56, 0x54, 0x25, 0x40, 0x08, 0x56, 2, 0, 0, 0, 0x08, 7 };
 
 	image->length = 0;
 	put(image, start, sizeof(start));
@@ -93,10 +93,10 @@ static int read_bytes(const uint8_t *bytes, size_t length, struct lz_pagemap *ou
 
 static void test_records_across_the_buffer(void)
 {
-	struct image image = {0};
+	struct image image = { 0 };
 	struct lz_pagemap pagemap;
 	struct lz_pagemap_error error;
-	struct lz_table table = {0};
+	struct lz_table table = { 0 };
 	const uint64_t count = 100000;
 
 	put_start(&image);
@@ -136,7 +136,7 @@ static void read_damaged(const uint8_t *bytes, size_t length)
 		return;
 	}
 	for (int dialect = LZ_DIALECT_BOOLEANS; dialect <= LZ_DIALECT_FLAGS; dialect++) {
-		struct lz_table table = {0};
+		struct lz_table table = { 0 };
 		uint64_t end = 0;
 		for (uint32_t level = 2; level-- > 0;)
 			if (lz_table_push(&table, &pagemap, level, dialect, UINT64_MAX, &error) < 0)
@@ -153,7 +153,7 @@ static void read_damaged(const uint8_t *bytes, size_t length)
 
 static void test_damage(void)
 {
-	struct image image = {0};
+	struct image image = { 0 };
 
 	put_start(&image);
 	put_entry(&image, BASE, 3, 6);
@@ -191,7 +191,7 @@ struct page {
 /* Write a random image and say, page by page, what the chain with it on top is. */
 static void random_level(struct image *image, struct page *model, uint32_t level)
 {
-	static const uint64_t flags[] = {4, 6, 0, 2, 1, 3};
+	static const uint64_t flags[] = { 4, 6, 0, 2, 1, 3 };
 	struct page below[MODEL_PAGES];
 	uint64_t offset = 0;
 
@@ -207,12 +207,12 @@ static void random_level(struct image *image, struct page *model, uint32_t level
 		for (; pages; pages--, at++) {
 			struct page *page = &model[at];
 			if (chosen & 4) {
-				*page = (struct page){LZ_KIND_DUMPED, 0, (uint16_t)level, offset};
+				*page = (struct page){ LZ_KIND_DUMPED, 0, (uint16_t)level, offset };
 				offset += LZ_PAGE_SIZE;
 			} else if (chosen & 1) {
 				*page = below[at];
 				if (!page->kind)
-					*page = (struct page){LZ_KIND_BROKEN, 0, 0, level};
+					*page = (struct page){ LZ_KIND_BROKEN, 0, 0, level };
 			} else {
 				page->kind = chosen & 2 ? LZ_KIND_REMOTE : LZ_KIND_ZERO;
 			}
@@ -223,13 +223,13 @@ static void random_level(struct image *image, struct page *model, uint32_t level
 
 static void test_flattening(void)
 {
-	struct image image = {0};
+	struct image image = { 0 };
 
 	for (int round = 0; round < 3000; round++) {
-		struct page model[MODEL_PAGES] = {0};
-		struct lz_table table = {0};
+		struct page model[MODEL_PAGES] = { 0 };
+		struct lz_table table = { 0 };
 		struct lz_pagemap_error error;
-		uint64_t counted[5] = {0}, expected[5] = {0};
+		uint64_t counted[5] = { 0 }, expected[5] = { 0 };
 		uint64_t next = BASE;
 
 		for (uint32_t level = LEVELS; level-- > 0;) {
@@ -259,8 +259,8 @@ static void test_flattening(void)
 		lz_table_pages(&table, counted);
 		assert(memcmp(counted + 1, expected + 1, 4 * sizeof(counted[0])) == 0);
 
-		uint8_t used[LEVELS] = {0};
-		uint16_t map[LEVELS] = {40, 41, 42, 43};
+		uint8_t used[LEVELS] = { 0 };
+		uint16_t map[LEVELS] = { 40, 41, 42, 43 };
 		lz_table_used(&table, used, LEVELS);
 		lz_table_finish(&table, map, LEVELS);
 		for (uint64_t i = 0; i < table.count; i++)

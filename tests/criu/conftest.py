@@ -49,9 +49,7 @@ def dumped(victim, tmp_path_factory):
                 saved.forget()
             last.clear()
             folder = tmp_path_factory.mktemp(f"{scenario}-{suite}")
-            last[suite, scenario] = harness.checkpoint(
-                suite, [str(victim), scenario, str(folder / "state")], folder
-            )
+            last[suite, scenario] = harness.checkpoint(suite, [str(victim), scenario, str(folder / "state")], folder)
         return last[suite, scenario]
 
     yield get

@@ -159,9 +159,7 @@ def checkpoint(suite: str, command: list[str], folder: Path, extra: tuple[str, .
             "-o",
             "dump.log",
         ]
-        run = subprocess.run(
-            [*words, "-v1", *extra], capture_output=True, text=True, check=False, timeout=TIMEOUT_S
-        )
+        run = subprocess.run([*words, "-v1", *extra], capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
         if run.returncode:
             raise AssertionError(f"criu dump failed ({run.returncode}): {run.stderr}\n{tail(log)}")
     finally:
@@ -257,9 +255,7 @@ def criu_restore(suite: str, images: Path, work: Path, extra: tuple[str, ...] = 
     words += ["-o", "restore.log", "-v1", *extra]
     # Output goes to a file: the restored tasks may hold a pipe open for ever.
     with (work / "restore.out").open("wb") as out:
-        run = subprocess.run(
-            words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, check=False, timeout=TIMEOUT_S
-        )
+        run = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, check=False, timeout=TIMEOUT_S)
     if run.returncode:
         texts = tail(work / "restore.out"), tail(work / "restore.log")
         raise AssertionError(f"criu restore failed ({run.returncode}):\n" + "\n".join(texts))
@@ -298,9 +294,7 @@ def lazy_restore(
     finally:
         daemon.stop()
         reap_group(saved.pid)
-    return Outcome(
-        saved.result, daemon_exit, daemon.output.read_text(errors="replace"), work, daemon.report()
-    )
+    return Outcome(saved.result, daemon_exit, daemon.output.read_text(errors="replace"), work, daemon.report())
 
 
 def eager_restore(saved: Checkpoint, work: Path, images: Path | None = None) -> str:
@@ -321,9 +315,7 @@ def task_states(pid: int) -> str:
     lines = []
     for task in Path(f"/proc/{pid}/task").glob("*"):
         with contextlib.suppress(OSError):
-            state = next(
-                line for line in (task / "status").read_text().splitlines() if line.startswith("State")
-            )
+            state = next(line for line in (task / "status").read_text().splitlines() if line.startswith("State"))
             lines.append(f"thread {task.name}: {state} {(task / 'wchan').read_text()}")
     return "\n".join(lines) or f"task {pid} is gone"
 

@@ -107,9 +107,7 @@ def test_a_stale_socket_is_replaced(suite, dumped, tmp_path):
     words = [*harness.daemon_command(suite), "lazy-pages", "-D", str(saved.images), "-W", str(work)]
     words += ["--status-fd", str(writing)]
     with (work / "daemon.out").open("wb") as out:
-        process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, pass_fds=[writing]
-        )
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, pass_fds=[writing])
     os.close(writing)
     daemon = harness.Daemon(process, work, work / "daemon.out")
     try:
@@ -148,9 +146,7 @@ def test_the_short_form_of_daemon_mode(suite, dumped, tmp_path):
     words = [*harness.daemon_command(suite), "-D", str(saved.images), "-W", str(work), "lazy-pages", "-d"]
     words += ["--pidfile", str(work / "p"), "-o", "d.log"]
     null = subprocess.DEVNULL
-    assert (
-        subprocess.run(words, stdin=null, stdout=null, stderr=null, check=False, timeout=30).returncode == 0
-    )
+    assert subprocess.run(words, stdin=null, stdout=null, stderr=null, check=False, timeout=30).returncode == 0
     finish(saved, work, lambda: reap_daemon(int((work / "p").read_text())))
 
 
@@ -161,9 +157,7 @@ def test_the_status_fd_gets_one_zero_byte_when_listening(suite, dumped, tmp_path
     words = [*harness.daemon_command(suite), "lazy-pages", "-D", str(saved.images), "-W", str(work)]
     words += ["--status-fd", str(writing)]
     with (work / "daemon.out").open("wb") as out:
-        process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, pass_fds=[writing]
-        )
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, pass_fds=[writing])
     os.close(writing)
     daemon = harness.Daemon(process, work, work / "daemon.out")
     try:
@@ -186,9 +180,7 @@ def test_a_restorer_that_hangs_up_early_fails_the_restore(suite, dumped, tmp_pat
         daemon.stop()
 
 
-@pytest.mark.parametrize(
-    "message", [b"\1", b"\xff" * 4, struct.pack("<i", 1) + b"x", b"GET / HTTP/1.0\r\n\r\n"]
-)
+@pytest.mark.parametrize("message", [b"\1", b"\xff" * 4, struct.pack("<i", 1) + b"x", b"GET / HTTP/1.0\r\n\r\n"])
 def test_a_restorer_that_sends_garbage_fails_the_restore(suite, message, dumped, tmp_path):
     daemon = harness.start_daemon(suite, dumped(suite, "plain").images, tmp_path)
     try:

@@ -70,9 +70,7 @@ def test_scenario(suite, scenario, turn, dumped, tmp_path):
 
 
 @pytest.mark.skipif(harness.uses_stock(), reason="of lazyd alone")
-@pytest.mark.parametrize(
-    "scenario", [name for name in SCENARIOS if name not in {"plain", "kinds", "manyvmas"}]
-)
+@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name not in {"plain", "kinds", "manyvmas"}])
 @pytest.mark.parametrize("fill", ["off", "rate"])
 def test_scenario_on_demand(suite, fill, scenario, turn, dumped, tmp_path):
     """The same with the background fill off or slow, so that nearly every page comes by a fault."""

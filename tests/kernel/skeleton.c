@@ -73,11 +73,11 @@
 enum kind { GONE, ZERO, IMAGE, OWN, BUS };
 
 struct expect {
-	uint64_t value;       /* IMAGE: image address; OWN: seed */
+	uint64_t value; /* IMAGE: image address; OWN: seed */
 	uint64_t patch_value;
-	uint16_t patch;       /* 0, or 1 + the number of a word that holds patch_value instead */
+	uint16_t patch; /* 0, or 1 + the number of a word that holds patch_value instead */
 	uint8_t kind;
-	uint8_t maybe_zero;   /* MADV_FREE: the page may read zeros as well */
+	uint8_t maybe_zero; /* MADV_FREE: the page may read zeros as well */
 };
 
 struct area {
@@ -230,9 +230,9 @@ static void check_bytes(const void *page, uint64_t address, const struct expect 
 
 		if (word[i] != wanted)
 			fail("page %#lx (%s %#lx): word %u is %#lx instead of %#lx%s", address,
-			     expect->kind == IMAGE ? "image"
-			     : expect->kind == OWN ? "own"
-						   : "zeros",
+			     expect->kind == IMAGE ? "image" :
+			     expect->kind == OWN   ? "own" :
+						     "zeros",
 			     expect->value, i, word[i], wanted, expect->maybe_zero ? " or zeros" : "");
 	}
 }
@@ -284,11 +284,11 @@ static struct area *add_area(struct world *world, uint64_t start, uint64_t pages
 
 	if (world->areas > MAX_AREAS)
 		fail("more areas than fit");
-	*area = (struct area){.start = start, .pages = pages, .expect = expect};
+	*area = (struct area){ .start = start, .pages = pages, .expect = expect };
 	if (!expect) {
 		area->expect = calloc(pages, sizeof(*area->expect));
 		check(area->expect, "calloc");
-		set_pages(area, 0, pages, (struct expect){.kind = ZERO});
+		set_pages(area, 0, pages, (struct expect){ .kind = ZERO });
 	}
 	return area;
 }
@@ -383,7 +383,7 @@ static void open_uffd(void)
 	check(!ioctl(uffd, UFFDIO_API, &api), "UFFDIO_API");
 	for (unsigned i = 0; i < all.areas; i++) {
 		struct uffdio_register range = {
-			.range = {.start = all.area[i].start, .len = all.area[i].pages * PAGE},
+			.range = { .start = all.area[i].start, .len = all.area[i].pages * PAGE },
 			.mode = UFFDIO_REGISTER_MODE_MISSING,
 		};
 
@@ -393,7 +393,7 @@ static void open_uffd(void)
 
 static void connect_daemon(void)
 {
-	struct sockaddr_un address = {.sun_family = AF_UNIX, .sun_path = "lazy-pages.socket"};
+	struct sockaddr_un address = { .sun_family = AF_UNIX, .sun_path = "lazy-pages.socket" };
 
 	peer = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	check(peer >= 0, "socket");
@@ -411,8 +411,8 @@ static void send_rights(unsigned count)
 		char space[CMSG_SPACE(sizeof(int) * 8)];
 		struct cmsghdr align;
 	} control;
-	struct iovec byte = {.iov_base = "", .iov_len = 1};
-	struct msghdr message = {.msg_iov = &byte, .msg_iovlen = 1};
+	struct iovec byte = { .iov_base = "", .iov_len = 1 };
+	struct msghdr message = { .msg_iov = &byte, .msg_iovlen = 1 };
 	struct cmsghdr *header;
 
 	if (count) {
@@ -448,7 +448,7 @@ struct sweep {
 static void *sweep(void *argument)
 {
 	const struct sweep *how = argument;
-	struct world self = {.random = how->random};
+	struct world self = { .random = how->random };
 	uint64_t pages = 0, *list, at = 0;
 
 	for (unsigned i = 0; i < all.areas; i++)
@@ -480,7 +480,7 @@ static void sweep_all(enum order order, unsigned threads)
 	pthread_t thread[MAX_THREADS];
 
 	for (unsigned i = 0; i < threads; i++) {
-		how[i] = (struct sweep){order, mix(seed + i)};
+		how[i] = (struct sweep){ order, mix(seed + i) };
 		check(!pthread_create(&thread[i], NULL, sweep, &how[i]), "pthread_create");
 	}
 	for (unsigned i = 0; i < threads; i++)
@@ -512,7 +512,7 @@ static void through_pipe_in(struct world *world, struct area *area, uint64_t pag
 {
 	uint64_t address = area->start + page * PAGE, value = next_random(world), copy[WORDS];
 
-	area->expect[page] = (struct expect){.kind = OWN, .value = value};
+	area->expect[page] = (struct expect){ .kind = OWN, .value = value };
 	for (unsigned i = 0; i < WORDS; i++)
 		copy[i] = mix(value + 8 * i);
 	check(write(world->pipe[1], copy, PAGE) == (ssize_t)PAGE, "write");
@@ -523,7 +523,7 @@ static void write_page(struct world *world, struct area *area, uint64_t page)
 {
 	uint64_t *word = (uint64_t *)(area->start + page * PAGE), value = next_random(world);
 
-	area->expect[page] = (struct expect){.kind = OWN, .value = value};
+	area->expect[page] = (struct expect){ .kind = OWN, .value = value };
 	for (unsigned i = 0; i < WORDS; i++)
 		word[i] = mix(value + 8 * i);
 }
@@ -548,7 +548,7 @@ static void vm_read(const struct area *area, uint64_t page)
 {
 	uint64_t address = area->start + page * PAGE;
 	char copy[PAGE];
-	struct iovec local = {copy, PAGE}, remote = {(void *)address, PAGE};
+	struct iovec local = { copy, PAGE }, remote = { (void *)address, PAGE };
 
 	check(process_vm_readv(getpid(), &local, 1, &remote, 1, 0) == (ssize_t)PAGE, "process_vm_readv");
 	check_bytes(copy, address, &area->expect[page]);
@@ -597,7 +597,7 @@ static void storm_one(struct world *world, unsigned depth)
 	} else if (what < 53) {
 		check(!madvise((void *)(area->start + page * PAGE), pages * PAGE, MADV_DONTNEED),
 		      "madvise(MADV_DONTNEED)");
-		set_pages(area, page, pages, (struct expect){.kind = ZERO});
+		set_pages(area, page, pages, (struct expect){ .kind = ZERO });
 	} else if (what < 56) {
 		check(!madvise((void *)(area->start + page * PAGE), pages * PAGE, MADV_FREE), "madvise(MADV_FREE)");
 		for (uint64_t i = 0; i < pages; i++)
@@ -764,7 +764,7 @@ static void storm_all(unsigned threads, unsigned operations)
 
 enum race { RACE_DONTNEED, RACE_FREE, RACE_WRITE, RACE_UNMAP, RACE_OVERMAP, RACE_REMAP, RACE_FORK, RACES };
 
-static const char *const race_name[RACES] = {"dontneed", "free", "write", "unmap", "overmap", "remap", "fork"};
+static const char *const race_name[RACES] = { "dontneed", "free", "write", "unmap", "overmap", "remap", "fork" };
 
 static struct {
 	uint64_t round, done; /* atomic */
@@ -858,14 +858,14 @@ static void race_one(struct world *world, enum race race, struct area *area, uin
 	switch (race) {
 	case RACE_DONTNEED:
 	case RACE_OVERMAP:
-		*expect = (struct expect){.kind = ZERO};
+		*expect = (struct expect){ .kind = ZERO };
 		break;
 	case RACE_WRITE: {
 		const uint64_t *word = (const uint64_t *)address;
 
 		if (!all_zero(word, 1) || (word[0] && word[0] != round))
 			fail("page %#lx holds %#lx %#lx after it was dropped", address, word[0], word[1]);
-		*expect = (struct expect){.kind = ZERO, .patch = 1, .patch_value = word[0]};
+		*expect = (struct expect){ .kind = ZERO, .patch = 1, .patch_value = word[0] };
 		break;
 	}
 	case RACE_FREE:
@@ -887,7 +887,7 @@ static void race_one(struct world *world, enum race race, struct area *area, uin
 
 static void race_all(enum race race)
 {
-	struct world world = {.random = mix(seed)};
+	struct world world = { .random = mix(seed) };
 	uint64_t round = 0;
 	pthread_t thread;
 
@@ -973,7 +973,7 @@ static void set_image(uint64_t start, uint64_t pages, uint64_t stride)
 		uint64_t page, address = start + i * PAGE;
 		struct area *area = find_area(address, &page);
 
-		area->expect[page] = (struct expect){.kind = IMAGE, .value = address};
+		area->expect[page] = (struct expect){ .kind = IMAGE, .value = address };
 	}
 }
 
@@ -1052,9 +1052,9 @@ static void run_step(const char *name)
 		unsigned byte;
 
 		for (; sscanf(text, "%2x", &byte) == 1; text += 2)
-			send_bytes(&(unsigned char){(unsigned char)byte}, 1);
+			send_bytes(&(unsigned char){ (unsigned char)byte }, 1);
 	} else if (!strcmp(name, "finish")) {
-		send_bytes(&(uint32_t){0x52535446}, 4);
+		send_bytes(&(uint32_t){ 0x52535446 }, 4);
 	} else if (!strcmp(name, "hangup")) {
 		close(peer);
 		peer = -1;
@@ -1102,7 +1102,7 @@ static void run_step(const char *name)
 		area = find_area(start, &page);
 		if (*name == 'd')
 			check(!madvise((void *)start, pages * PAGE, MADV_DONTNEED), "madvise");
-		set_pages(area, page, pages, (struct expect){.kind = *name == 'b' ? BUS : ZERO});
+		set_pages(area, page, pages, (struct expect){ .kind = *name == 'b' ? BUS : ZERO });
 	} else if (!strcmp(name, "grow")) {
 		struct area area = all.area[--all.areas], *bigger;
 
@@ -1144,7 +1144,7 @@ static int print_pattern(uint64_t start, uint64_t pages, uint64_t stride)
 
 int main(int count, char **arguments)
 {
-	struct sigaction action = {.sa_sigaction = on_trap, .sa_flags = SA_SIGINFO | SA_NODEFER};
+	struct sigaction action = { .sa_sigaction = on_trap, .sa_flags = SA_SIGINFO | SA_NODEFER };
 
 	self_path = arguments[0];
 	if (count == 5 && !strcmp(arguments[1], "pattern"))

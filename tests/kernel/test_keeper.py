@@ -45,9 +45,7 @@ def test_the_server_is_killed_at_any_moment(stage, steps, fill):
             with contextlib.suppress(ProcessLookupError, ValueError):
                 kill_server(daemon)
             # It may have been done just then; else another one is there soon.
-            wait_until(
-                lambda old=alive: daemon.poll() is not None or descendants(daemon.pid) != old, "another to serve"
-            )
+            wait_until(lambda old=alive, of=daemon: of.poll() is not None or descendants(of.pid) != old, "another one")
         result = skeleton.wait()
         assert result == (0, "ok\n"), f"{result}\n{daemon.output}"
         skeleton.close()

@@ -202,9 +202,7 @@ def test_help_names_every_option(capsys):
 
 def test_a_configuration_file_says_what_the_command_line_does_not(served, tmp_path):
     config = tmp_path / "criu.conf"
-    config.write_text(
-        "# ours\nimages-dir conf\nwork-dir 'a b'  # comment\nverbosity 4\ntcp-established\n\ndaemon\n"
-    )
+    config.write_text("# ours\nimages-dir conf\nwork-dir 'a b'  # comment\nverbosity 4\ntcp-established\n\ndaemon\n")
     assert cli.main(["lazy-pages", "--config", str(config), "-W", "w"]) == 0
     ((options, _),) = served
     assert options.settings.images == Path("conf")

@@ -128,9 +128,7 @@ def test_a_chain_cut_out_of_a_dump_has_the_same_pages(real, tmp_path, levels, la
     with load(youngest) as checkpoint:
         assert checkpoint.depth == levels
         found, expected = page_bytes(checkpoint), crit_pages(crit)
-        assert {page: data for page, (data, _) in found.items()} == {
-            p: data for p, (data, _) in expected.items()
-        }
+        assert {page: data for page, (data, _) in found.items()} == {p: data for p, (data, _) in expected.items()}
         lazy, lazy_in_dump = ({p for p, (_, lazy) in pages.items() if lazy} for pages in (found, expected))
         assert lazy == lazy_in_dump if lazy_holes else lazy <= lazy_in_dump
         assert lazy_holes or levels == 1 or lazy != lazy_in_dump
@@ -212,9 +210,7 @@ def test_a_tree_of_tasks_with_a_zombie(tmp_path):
     tasks += [Task(11 + i, [Entry(BASE + i * PAGE, 1)], ppid=10 + i // 2) for i in range(48)]
     tasks.append(Task(90, ppid=10, zombie=True))
     with load(build_checkpoint(tmp_path / "i", tasks)) as checkpoint:
-        assert [(t.pid, t.ppid, t.is_zombie) for t in checkpoint.tasks] == [
-            (t.pid, t.ppid, t.zombie) for t in tasks
-        ]
+        assert [(t.pid, t.ppid, t.is_zombie) for t in checkpoint.tasks] == [(t.pid, t.ppid, t.zombie) for t in tasks]
         assert len(checkpoint.tasks[-1].extents) == 0
         assert checkpoint.tasks[-1].extents.buffer.nbytes == 0
         assert [task.extents[0].source for task in checkpoint.tasks[:-1]] == list(range(49))
@@ -241,9 +237,7 @@ def test_a_description_adds_up_and_is_json(real):
         for (start, end), covered in in_images.items():
             assert covered == sum(start <= page < end for pid, page in pages if pid == task["pid"]) * PAGE
         assert task["comm"] == crit["comms"][f"core-{task['pid']}.img"][1]
-    assert [s["bytes"] for s in description["pages_images"]] == [
-        s["bytes_used"] for s in description["pages_images"]
-    ]
+    assert [s["bytes"] for s in description["pages_images"]] == [s["bytes_used"] for s in description["pages_images"]]
     text = render(description)
     assert "a zombie, without memory" in text
     assert all(f"task {pid} " in text or f"task {pid}," in text for pid, _ in crit["tasks"])

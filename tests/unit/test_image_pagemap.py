@@ -247,9 +247,7 @@ def test_evidence_decides_the_dialect(bodies, expected, has_parent):
     assert decide(*bodies, has_parent=has_parent) is expected
 
 
-@pytest.mark.parametrize(
-    "bodies", [(), (ONE,), (PLAIN,), (message(vaddr=A, nr_pages=1, in_parent=True), ONE)]
-)
+@pytest.mark.parametrize("bodies", [(), (ONE,), (PLAIN,), (message(vaddr=A, nr_pages=1, in_parent=True), ONE)])
 def test_without_evidence_a_parent_says_flags(bodies):
     assert decide(*bodies, has_parent=True) is Dialect.FLAGS
     assert decide(*bodies, has_parent=False) is Dialect.BOOLEANS

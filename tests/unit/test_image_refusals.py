@@ -29,9 +29,7 @@ def varint(value: int) -> bytes:
     return out + bytes([value])
 
 
-def entry(
-    address: int, pages: int, four: int | None = None, *, three: int | None = None, five: int | None = None
-):
+def entry(address: int, pages: int, four: int | None = None, *, three: int | None = None, five: int | None = None):
     fields = ((1, address), (2, pages), (3, three), (4, four), (5, five))
     return b"".join(bytes([n << 3]) + varint(value) for n, value in fields if value is not None)
 
@@ -358,19 +356,14 @@ def test_a_hole_that_no_ancestor_covers_names_the_image_where_the_chain_breaks(t
         (tmp_path / "1" / "pagemap-10.img", FIRST + 4 + len(GOOD), BASE + 4 * PAGE),
         (directory / "pagemap-10.img", FIRST, BASE + 5 * PAGE),
     ]
-    assert (
-        findings[0].reason
-        == f"broken chain: 1 pages are in the parent, but {tmp_path / '2'} has no entry there"
-    )
+    assert findings[0].reason == f"broken chain: 1 pages are in the parent, but {tmp_path / '2'} has no entry there"
     assert str(error) == str(findings[0])
 
 
 def test_a_hole_where_the_parent_does_not_know_the_task_or_there_is_no_parent(tmp_path):
     entries = [Entry(BASE, 1), Entry(BASE + PAGE, 1, "parent")]
     directory = build_checkpoint(tmp_path / "alone", [Task(10, entries)])
-    assert (
-        refused(directory).reason == f"broken chain: 1 pages are in the parent, but {directory} has no parent"
-    )
+    assert refused(directory).reason == f"broken chain: 1 pages are in the parent, but {directory} has no parent"
     levels = [[Task(10, entries)], [Task(11, [Entry(BASE, 4)])]]
     directory = build_chain(tmp_path, levels)
     assert refused(directory).reason.endswith(f"{tmp_path / '1'} has no pagemap-10.img")

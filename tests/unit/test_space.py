@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from lazyd.uffd._engine import ffi, lib
 
 PAGE = 4096
@@ -53,7 +52,8 @@ class Naive:
 
 
 extents = st.lists(
-    st.tuples(st.integers(0, 12), st.integers(1, 30), st.sampled_from([DUMPED, DUMPED, ZERO, REMOTE])), max_size=10
+    st.tuples(st.integers(0, 12), st.integers(1, 30), st.sampled_from([DUMPED, DUMPED, ZERO, REMOTE])),
+    max_size=10,
 )
 vmas = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 70)), min_size=1, max_size=5)
 place = st.integers(0, PAGES + 40)
@@ -184,7 +184,12 @@ def test_init_refuses_rows_out_of_order() -> None:
     row = {"offset": 0, "pages": 2, "source": 0, "kind": DUMPED, "lazy": 1}
     good, overlapping = {"start": BASE, **row}, {"start": BASE + PAGE, **row}
     none = ffi.new("struct lz_vma[]", 0)
-    for rows in ([overlapping, good], [good, overlapping], [{**good, "start": BASE + 1}], [{**good, "pages": 0}]):
+    for rows in (
+        [overlapping, good],
+        [good, overlapping],
+        [{**good, "start": BASE + 1}],
+        [{**good, "pages": 0}],
+    ):
         table = ffi.new("struct lz_extent[]", rows)
         assert lib.lz_space_init(arena, space, table, len(rows), none, 0) < 0
     for ranges in ([{"start": BASE, "end": BASE}], [{"start": BASE + 1, "end": BASE + PAGE}]):
