@@ -109,7 +109,9 @@ uint64_t lz_arena_alloc(struct lz_arena *arena, uint64_t bytes)
 	for (uint32_t i = 0; i < arena->head->free_blocks; i++) {
 		if (arena->head->free_block[i].bytes == bytes) {
 			offset = arena->head->free_block[i].offset;
-			arena->head->free_block[i] = arena->head->free_block[--arena->head->free_blocks];
+			/* In this order: a process that dies in between loses a block, and hands none out twice. */
+			__atomic_store_n(&arena->head->free_blocks, arena->head->free_blocks - 1, __ATOMIC_SEQ_CST);
+			arena->head->free_block[i] = arena->head->free_block[arena->head->free_blocks];
 			break;
 		}
 	}
@@ -138,7 +140,9 @@ void lz_arena_release(struct lz_arena *arena, uint64_t offset, uint64_t bytes)
 		__builtin_memset(arena->base + offset, 0, bytes);
 	}
 	pthread_mutex_lock(&arena->lock);
-	if (arena->head->free_blocks < LZ_ARENA_FREE_BLOCKS)
-		arena->head->free_block[arena->head->free_blocks++] = (struct lz_block){ offset, bytes };
+	if (arena->head->free_blocks < LZ_ARENA_FREE_BLOCKS) {
+		arena->head->free_block[arena->head->free_blocks] = (struct lz_block){ offset, bytes };
+		__atomic_store_n(&arena->head->free_blocks, arena->head->free_blocks + 1, __ATOMIC_SEQ_CST);
+	}
 	pthread_mutex_unlock(&arena->lock);
 }

@@ -312,6 +312,10 @@ int lz_engine_resume(struct lz_engine *engine)
 	uint32_t tasks = __atomic_load_n(&engine->shared->tasks, __ATOMIC_ACQUIRE);
 	int served = 0;
 
+	for (uint32_t i = 0; i < tasks; i++) {
+		if (nth_task(engine, i)->status == LZ_TASK_SERVING)
+			lz_events_take_up(nth_task(engine, i));
+	}
 	for (uint32_t i = 0; i < engine->workers; i++) {
 		struct lz_flight *flight = engine->worker[i].flight;
 		struct lz_task *task = lz_engine_task_at(engine, flight->task);
@@ -336,7 +340,6 @@ int lz_engine_resume(struct lz_engine *engine)
 
 		if (task->status != LZ_TASK_SERVING)
 			continue;
-		lz_events_take_up(task);
 		lz_space_forget_asked(engine->arena, &task->space);
 		task->held_pages = 0;
 		task->near = 0;
@@ -352,7 +355,11 @@ int lz_engine_resume(struct lz_engine *engine)
 		if (result < 0)
 			return result;
 		/* Faults that were read and not answered are asked again. */
-		(void)lz_uffd_wake(task->uffd, LZ_USER_START, LZ_USER_END - LZ_USER_START);
+		for (uint64_t start = LZ_USER_START; start < LZ_USER_END;
+		     start *= 2) { /* vm.mmap_min_addr may be higher */
+			if (!lz_uffd_wake(task->uffd, start, LZ_USER_END - start))
+				break;
+		}
 		served++;
 	}
 	return served;

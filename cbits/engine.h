@@ -108,10 +108,11 @@ struct lz_worker {
 	struct lz_pending pending[LZ_PENDING + LZ_READS];
 	pthread_mutex_t inbox_lock;
 	struct lz_helper helper;
-	uint16_t resident_source; /* bytes [resident_start, resident_end) of it were in memory a moment ago */
-	uint64_t resident_start;
-	uint64_t resident_end;
-	uint32_t inbox_count; /* atomic */
+	struct lz_resident {
+		uint64_t start, end; /* bytes of a source that were in memory a moment ago */
+		uint64_t asked;      /* plus 1: where the fill last had bytes read; asked twice means they cannot be */
+	} *resident;                 /* one a source */
+	uint32_t inbox_count;        /* atomic */
 	uint32_t inbox_capacity;
 	struct lz_task **inbox;
 };

@@ -7,6 +7,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#define MOST_READS 64U /* of a queue that does not get empty */
 #define WATCH_NS 3000U /* less than a thread needs from the end of a madvise to the layout change of a fork */
 
 static void drop_range(struct lz_worker *worker, struct lz_task *task, uint64_t start, uint64_t end)
@@ -257,7 +258,7 @@ static void keep_event(struct lz_worker *worker, struct lz_task *task, const str
 		lz_count(&worker->counters->remaps, 1);
 	else
 		lz_count(event.event == UFFD_EVENT_REMOVE ? &worker->counters->removes : &worker->counters->unmaps, 1);
-	if (task->events >= LZ_BATCH && !task->applying)
+	if (task->events >= LZ_BATCH_ROOM - LZ_MESSAGES && !task->applying)
 		lz_events_apply(worker, task);
 	if (!lz_is_serving(task) || task->events == LZ_BATCH_ROOM)
 		return;
@@ -289,7 +290,8 @@ uint32_t lz_events_read(struct lz_worker *worker, struct lz_task *task, uint64_t
 		is_held = true;
 	}
 
-	while (lz_is_serving(task)) {
+	/* Bounded: what is left in the queue makes every copy fail that it matters to. */
+	for (uint32_t reads = 0; lz_is_serving(task) && reads < MOST_READS && (!room || found < room); reads++) {
 		uint64_t before = lz_now_ns();
 		ssize_t got = read(task->uffd, message, sizeof(aside));
 
@@ -324,6 +326,9 @@ uint32_t lz_events_read(struct lz_worker *worker, struct lz_task *task, uint64_t
 				lz_uffd_wake(task->uffd, address, LZ_PAGE_SIZE);
 		}
 	}
+	if (!lz_is_serving(task)) /* it ended in the middle: what is left is nobody's */
+		for (uint32_t i = 0; i < LZ_MESSAGES; i++)
+			message[i].event = 0;
 	if (is_held)
 		lz_helper_release(worker);
 	return found;

@@ -9,9 +9,10 @@
 #define ACTIVE_NS 1000000U /* a task that faulted within this time gets small chunks of fill */
 #define ACTIVE_FILL_PAGES 24U
 #define IDLE_CHUNK_PAGES 64U
-#define HELP_PAGES 256U  /* less than this is not worth a helper */
-#define CHUNK_COPIES 16U /* copies in one chunk, however small */
-#define NEAR_PAGES 2048U /* how far behind a fault the fill looks before it goes on elsewhere */
+#define HAND_BACK_REGIONS 8U /* looked at in one round */
+#define HELP_PAGES 256U      /* less than this is not worth a helper */
+#define CHUNK_COPIES 16U     /* copies in one chunk, however small */
+#define NEAR_PAGES 2048U     /* how far behind a fault the fill looks before it goes on elsewhere */
 #define RATE_BURST_BYTES (1U << 20)
 #define AHEAD_BYTES (4ULL << 20) /* read in one request, and this far before the fill needs it */
 
@@ -24,7 +25,8 @@ static void hand_back(struct lz_worker *worker, struct lz_task *task, uint32_t n
 	uint64_t start, end;
 	bool done;
 
-	if (!lz_space_done_block(arena, &task->space, number, &first, &regions) || regions == task->space.regions)
+	if (task->held_pages || !lz_space_done_block(arena, &task->space, number, &first, &regions) ||
+	    regions == task->space.regions)
 		return;
 	start = lz_space_region(arena, &task->space, first)->start;
 	region = lz_space_region(arena, &task->space, first + regions - 1);
@@ -111,16 +113,21 @@ static void hand_back_empty(struct lz_worker *worker, struct lz_task *task)
 	struct lz_arena *arena = worker->engine->arena;
 	struct lz_run run;
 
-	task->handed_back = 1;
-	for (uint32_t i = 0; i < task->space.regions; i++) {
+	const bool is_first = !task->handed_back;
+
+	for (uint32_t i = 0; is_first && i < task->space.regions; i++) {
 		struct lz_region *region = LZ_AT(arena, struct lz_region, task->space.regions_offset) + i;
 
 		if (!lz_space_next_missing(arena, &task->space, i, region->fill_page, region->pages, 1, &run))
 			region->flags |= LZ_REGION_DONE;
 	}
-	for (uint32_t i = task->space.regions; i-- > 0;) {
-		if (i < task->space.regions)
-			hand_back(worker, task, i);
+	if (is_first)
+		task->handed_back = task->space.regions + 1;
+	/* A few at a time: a fault may be waiting. */
+	for (uint32_t n = 0; n < HAND_BACK_REGIONS && task->handed_back > 1; n++) {
+		task->handed_back--;
+		if (task->handed_back - 1 < task->space.regions)
+			hand_back(worker, task, task->handed_back - 1);
 	}
 }
 
@@ -136,12 +143,13 @@ bool lz_fill_done(struct lz_worker *worker, struct lz_task *task)
 /* How many bytes of background fill the rate allows now; UINT64_MAX without a limit. */
 static uint64_t fill_allowance(struct lz_engine *engine, uint64_t now)
 {
-	uint64_t rate = __atomic_load_n(&engine->shared->fill_rate, __ATOMIC_RELAXED), earned, spent;
+	uint64_t rate = __atomic_load_n(&engine->shared->fill_rate, __ATOMIC_RELAXED), earned, spent, since;
 
 	if (!rate)
 		return UINT64_MAX;
-	earned =
-		(uint64_t)((double)(now - engine->shared->fill_start_ns) * 1e-9 * (double)rate) + RATE_BURST_BYTES / 16;
+	/* The controlling thread may have set the start after this thread looked at the clock. */
+	since = now > engine->shared->fill_start_ns ? now - engine->shared->fill_start_ns : 0;
+	earned = (uint64_t)((double)since * 1e-9 * (double)rate) + RATE_BURST_BYTES / 16;
 	spent = __atomic_load_n(&engine->shared->fill_spent, __ATOMIC_RELAXED);
 	if (earned > spent + RATE_BURST_BYTES) {
 		/* What an idle time earned is not saved up. */
@@ -159,7 +167,8 @@ static bool fetched_for_fill(struct lz_worker *worker, struct lz_run *run, bool 
 {
 	struct lz_io *io = &worker->engine->io;
 	const uint64_t size = worker->engine->source[run->source].size;
-	const uint64_t known = worker->resident_source == run->source ? worker->resident_end : 0;
+	struct lz_resident *resident = &worker->resident[run->source];
+	const uint64_t known = resident->end;
 	uint64_t end = run->offset + BYTES(run->pages);
 	uint64_t ahead = run->offset + AHEAD_BYTES, there;
 
@@ -167,11 +176,21 @@ static bool fetched_for_fill(struct lz_worker *worker, struct lz_run *run, bool 
 	if (in_order && end < run->offset + BYTES(RESIDENT_PAGES))
 		end = run->offset + BYTES(RESIDENT_PAGES) < size ? run->offset + BYTES(RESIDENT_PAGES) : size;
 	there = lz_resident_bytes(worker, run->source, run->offset, end);
-	if (!there) {
+	if (!there && resident->asked != run->offset + 1) {
+		resident->asked = run->offset + 1;
 		lz_io_ahead(io, worker, run->source, run->offset, ahead < size ? ahead : size);
 		return false;
 	}
-	if (worker->resident_end != known && ahead < size) { /* once a window */
+	if (!there) {
+		/* It was read, or is being read, and is not there: past the end of a file that was cut, or on a bad
+		 * block. The copy of one page waits for it, or tells. */
+		if (lz_io_is_reading(io, run->source, run->offset))
+			return false;
+		run->pages = 1;
+		resident->asked = 0;
+		return true;
+	}
+	if (resident->end != known && ahead < size) { /* once a window */
 		unsigned char is_there;
 		const uint8_t *map = worker->engine->source[run->source].map;
 
@@ -342,7 +361,7 @@ bool lz_fill(struct lz_worker *worker, uint64_t now)
 			continue;
 		if (task->events)
 			continue;
-		if (!task->handed_back)
+		if (task->handed_back != 1)
 			hand_back_empty(worker, task);
 		if (!full) {
 			if (task->near)

@@ -7,21 +7,29 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
-bool lz_source_holds(struct lz_worker *worker, uint16_t number, uint64_t end)
+/* How many bytes of a pages image, from its start, are still what they were when it was loaded. */
+static uint64_t source_bytes(struct lz_worker *worker, uint16_t number)
 {
 	struct lz_source *source = &worker->engine->source[number];
 	struct stat status;
-	bool same;
+	uint64_t size;
 
 	if (fstat(source->fd, &status) < 0)
-		return false;
-	same = (uint64_t)status.st_size >= source->size && status.st_mtim.tv_sec == source->mtime_s &&
-	       status.st_mtim.tv_nsec == source->mtime_ns;
-	if (!same && !__atomic_exchange_n(&source->told, 1, __ATOMIC_RELAXED))
-		lz_notify(worker, (struct lz_notice){ .kind = LZ_NOTICE_SOURCE_CHANGED,
-						      .source = number,
-						      .value = (uint64_t)status.st_size });
-	return (uint64_t)status.st_size >= end;
+		return 0;
+	size = (uint64_t)status.st_size;
+	if (size == source->size && status.st_mtim.tv_sec == source->mtime_s &&
+	    status.st_mtim.tv_nsec == source->mtime_ns)
+		return size;
+	if (!__atomic_exchange_n(&source->told, 1, __ATOMIC_RELAXED))
+		lz_notify(worker,
+			  (struct lz_notice){ .kind = LZ_NOTICE_SOURCE_CHANGED, .source = number, .value = size });
+	/* Cut: what is left of it is as it was. As long as before, or longer: written again, by another dump. */
+	return size < source->size ? size : 0;
+}
+
+bool lz_source_holds(struct lz_worker *worker, uint16_t number, uint64_t end)
+{
+	return source_bytes(worker, number) >= end;
 }
 
 /*
@@ -30,11 +38,12 @@ bool lz_source_holds(struct lz_worker *worker, uint16_t number, uint64_t end)
 uint64_t lz_resident_bytes(struct lz_worker *worker, uint16_t number, uint64_t start, uint64_t end)
 {
 	const struct lz_source *source = &worker->engine->source[number];
+	struct lz_resident *resident = &worker->resident[number];
 	unsigned char there[RESIDENT_PAGES];
 	uint64_t pages, known = 0;
 
-	if (worker->resident_source == number && worker->resident_start <= start && start < worker->resident_end)
-		return (end < worker->resident_end ? end : worker->resident_end) - start;
+	if (resident->start <= start && start < resident->end)
+		return (end < resident->end ? end : resident->end) - start;
 	/* Small questions are those of faults: nothing says that what follows will be asked. */
 	pages = end - start <= BYTES(ACTIVE_CHUNK_PAGES) ? PAGES(end - start) : RESIDENT_PAGES;
 	if (pages > PAGES(source->size - start + LZ_PAGE_SIZE - 1))
@@ -44,9 +53,8 @@ uint64_t lz_resident_bytes(struct lz_worker *worker, uint16_t number, uint64_t s
 	while (known < pages && there[known] & 1)
 		known++;
 	if (pages == RESIDENT_PAGES && known) {
-		worker->resident_source = number;
-		worker->resident_start = start;
-		worker->resident_end = start + BYTES(known);
+		resident->start = start;
+		resident->end = start + BYTES(known);
 	}
 	return BYTES(known) < end - start ? BYTES(known) : end - start;
 }
@@ -114,8 +122,7 @@ int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct 
 	if (run->kind != LZ_KIND_DUMPED)
 		return give_up_pages(worker, task, start, left, run->source, -EOPNOTSUPP) < 0 ? -EAGAIN : 0;
 	if (!lz_source_holds(worker, run->source, offset + BYTES(left))) {
-		struct stat status;
-		uint64_t size = fstat(source->fd, &status) < 0 ? 0 : (uint64_t)status.st_size;
+		uint64_t size = source_bytes(worker, run->source);
 
 		readable = size > offset ? PAGES(size - offset) : 0;
 		if (readable > left)

@@ -28,6 +28,8 @@ static struct lz_read *next_read(struct lz_io *io)
 
 		if (read->state != LZ_READ_QUEUED)
 			continue;
+		if (!read->urgent && io->ahead_running >= LZ_READERS - 1)
+			continue; /* a reader stays free for faults */
 		if (!best || read->urgent > best->urgent || (read->urgent == best->urgent && read->turn < best->turn))
 			best = read;
 	}
@@ -49,6 +51,7 @@ static void *reader_main(void *argument)
 			continue;
 		}
 		read->state = LZ_READ_RUNNING;
+		io->ahead_running += !read->urgent;
 		pthread_mutex_unlock(&io->lock);
 		source = &io->engine->source[read->source];
 		LZ_POINT("before-read", read->start);
@@ -60,6 +63,8 @@ static void *reader_main(void *argument)
 			      MADV_POPULATE_READ);
 		pthread_mutex_lock(&io->lock);
 		worker = read->worker;
+		io->ahead_running -= !read->urgent;
+		pthread_cond_broadcast(&io->changed);
 		read->state = read->urgent ? LZ_READ_DONE : LZ_READ_FREE;
 		lz_engine_wake_worker(worker);
 	}
@@ -128,18 +133,33 @@ bool lz_io_take(struct lz_io *io, uint32_t number)
 	return done;
 }
 
-void lz_io_ahead(struct lz_io *io, struct lz_worker *worker, uint16_t source, uint64_t start, uint64_t end)
+/* Whether bytes of a source are queued to be read, or being read; under the lock. */
+static bool is_read(const struct lz_io *io, uint16_t source, uint64_t start, uint64_t end)
 {
-	bool is_read = false;
-
-	pthread_mutex_lock(&io->lock);
-	for (uint32_t i = 0; i < LZ_READS && !is_read; i++) {
+	for (uint32_t i = 0; i < LZ_READS; i++) {
 		const struct lz_read *read = &io->read[i];
 
-		is_read = (read->state == LZ_READ_QUEUED || read->state == LZ_READ_RUNNING) && read->source == source &&
-			  read->start < end && start < read->end;
+		if ((read->state == LZ_READ_QUEUED || read->state == LZ_READ_RUNNING) && read->source == source &&
+		    read->start < end && start < read->end)
+			return true;
 	}
-	if (!is_read)
+	return false;
+}
+
+bool lz_io_is_reading(struct lz_io *io, uint16_t source, uint64_t offset)
+{
+	bool result;
+
+	pthread_mutex_lock(&io->lock);
+	result = is_read(io, source, offset, offset + 1);
+	pthread_mutex_unlock(&io->lock);
+	return result;
+}
+
+void lz_io_ahead(struct lz_io *io, struct lz_worker *worker, uint16_t source, uint64_t start, uint64_t end)
+{
+	pthread_mutex_lock(&io->lock);
+	if (!is_read(io, source, start, end))
 		(void)queue(io, (struct lz_read){ .worker = worker, .source = source, .start = start, .end = end });
 	pthread_mutex_unlock(&io->lock);
 }

@@ -40,6 +40,7 @@ struct lz_io {
 	pthread_t reader[LZ_READERS];
 	uint32_t readers;
 	bool stopping;
+	uint32_t ahead_running; /* reads that are not urgent and on their way */
 	uint64_t turn;
 	struct lz_read read[LZ_READS];
 };
@@ -52,6 +53,8 @@ void lz_io_stop(struct lz_io *io);
 uint32_t lz_io_fetch(struct lz_io *io, struct lz_worker *worker, uint16_t source, uint64_t start, uint64_t end);
 /* True, and the number is free again, when a read that lz_io_fetch began is done. */
 bool lz_io_take(struct lz_io *io, uint32_t number);
+/* Whether a read that holds this byte of a source is queued or on its way. */
+bool lz_io_is_reading(struct lz_io *io, uint16_t source, uint64_t offset);
 /* Have bytes read for background fill, unless the same are being read. */
 void lz_io_ahead(struct lz_io *io, struct lz_worker *worker, uint16_t source, uint64_t start, uint64_t end);
 

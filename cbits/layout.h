@@ -19,8 +19,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#define LZ_BATCH 6U       /* events in one batch whose order is asked for */
-#define LZ_BATCH_ROOM 72U /* as many can be left by a process that died; taken as they were read */
+#define LZ_BATCH 6U        /* events in one batch whose order is asked for */
+#define LZ_BATCH_ROOM 128U /* as many can be left by a process that died; taken as they were read */
 
 /* An event as it was read, not applied yet. */
 struct lz_event {

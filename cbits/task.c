@@ -5,6 +5,7 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -28,6 +29,8 @@ int lz_task_adopt(struct lz_worker *worker, struct lz_task *task)
 		worker->task = list;
 		worker->task_capacity = capacity;
 	}
+	if (fcntl(task->uffd, F_SETFL, O_NONBLOCK) < 0) /* or a read of it would stop every task */
+		return -errno;
 	/* A process that is dead may have added it: the epoll instance is one of the descriptors we share. */
 	if (epoll_ctl(worker->epoll, EPOLL_CTL_ADD, task->uffd, &event) < 0 &&
 	    (errno != EEXIST || epoll_ctl(worker->epoll, EPOLL_CTL_MOD, task->uffd, &event) < 0))
@@ -60,7 +63,8 @@ void lz_task_end(struct lz_worker *worker, struct lz_task *task, enum lz_task_st
 	/* In this order: a process that dies here must not leave a number that another descriptor gets. */
 	__atomic_store_n(&task->status, status, __ATOMIC_RELEASE);
 	task->uffd = -1;
-	close(uffd); /* epoll forgets it with its last descriptor */
+	(void)epoll_ctl(worker->epoll, EPOLL_CTL_DEL, uffd, NULL); /* a restorer may have kept a copy open */
+	close(uffd);
 	lz_space_drop(arena, &task->space);
 	lz_arena_release(arena, task->saved.regions_offset, task->saved.region_capacity * sizeof(struct lz_region));
 	memset(&task->saved, 0, sizeof(task->saved));
@@ -113,12 +117,16 @@ int64_t lz_task_poison(struct lz_worker *worker, struct lz_task *task, int uffd)
 
 			if (done) {
 				lz_count(&worker->counters->poisoned_pages, PAGES(done));
+				if (uffd == task->uffd) {
+					lz_space_mark(arena, &task->space, run.start, PAGES(done), LZ_PRESENT);
+					lz_forget_left(task, PAGES(done));
+				}
 				page = run.page + PAGES(done);
 				continue;
 			}
 			if (result == -ESRCH)
 				return 0;
-			if (result == -EAGAIN && tries) {
+			if ((result == -EAGAIN || result == -ENOMEM) && tries) {
 				struct timespec pause = { .tv_nsec = 1000000 };
 
 				tries--;

@@ -32,6 +32,7 @@
 #include "worker.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <sys/epoll.h>
 #include <time.h>
 #include <unistd.h>
@@ -167,6 +168,9 @@ void *lz_worker_main(void *argument)
 	uint64_t busy_ns = 0;
 	bool worked = false;
 
+	worker->resident = calloc(engine->sources + 1, sizeof(*worker->resident));
+	if (!worker->resident)
+		abort(); /* before any task: the keeper reports it */
 	lz_helper_start(worker);
 	while (!__atomic_load_n(&engine->stopping, __ATOMIC_ACQUIRE)) {
 		uint64_t now, faults = worker->counters->faults;
@@ -200,5 +204,6 @@ void *lz_worker_main(void *argument)
 	for (uint32_t i = 0; i < worker->tasks; i++)
 		lz_helper_recall(worker, worker->task[i]);
 	lz_helper_stop(worker);
+	free(worker->resident);
 	return NULL;
 }

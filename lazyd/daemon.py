@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from lazyd.errors import LazydError, SystemCallError
-from lazyd.keeper import Life, keep
+from lazyd.keeper import Life, flush, keep
 from lazyd.report import Log, Moments, Outcome, Progress, Show, statistics, summary_lines, write_statistics
 from lazyd.restore_socket import Listener
 from lazyd.session import Session, Settings, hold_signals
@@ -124,18 +123,15 @@ def _serve(options: Options, log: Log, statistics_path: Path | None) -> int:
             os.close(ready)
 
         def serve_life(life: Life) -> int:
-            with session:
-                try:
-                    outcome = session.run(listener) if life is Life.FIRST else session.resume(life)
-                finally:
-                    listener.unlink()
-                return _conclude(outcome, log, statistics_path)
+            # Nothing is closed on the way of an exception: another process goes on with what is open.
+            outcome = session.run(listener) if life is Life.FIRST else session.resume(life)
+            listener.unlink()
+            return _conclude(outcome, log, statistics_path)
 
         code = keep(serve_life, log.error)
         # The child has closed what was ours: the descriptors are shared. Not one of them may be closed again.
         listener.unlink()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush()
         os._exit(code)
 
 

@@ -16,6 +16,7 @@ What it cannot help: both processes killed at once. A keeper that dies alone lea
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -23,11 +24,13 @@ import time
 from collections.abc import Callable
 from enum import Enum
 
+from lazyd.errors import SystemCallError
 from lazyd.uffd import fork_keeping_fds
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 _DEATHS = 3
 _DEATHS_WITHIN_S = 10.0
+_RETRY_S = 0.5
 
 
 class Life(Enum):
@@ -42,33 +45,54 @@ def keep(serve: Callable[[Life], int], report: Callable[[str], None]) -> int:
     """Run `serve` in a child, and again when it dies of a signal; return the exit code of the last one.
 
     Call it while there is one thread. `report` gets a line when a child has died. Signals that would end this
-    process go to the child.
+    process go to the child. Once a child has served, this process must not come to its end by an exception: it
+    would take the userfaultfds along. So what can fail here is tried again or passed over.
     """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, no child's end would be heard of
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {*FORWARDED, signal.SIGCHLD})
     deaths: list[float] = []
     life = Life.FIRST
-    try:
-        while True:
-            # What the child would write again.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            child = fork_keeping_fds()
-            if child == 0:
-                _serve_and_exit(serve, life, blocked)
-            status = _wait(child)
-            if os.WIFEXITED(status):
-                return os.WEXITSTATUS(status)
-            name = signal.Signals(os.WTERMSIG(status)).name
-            if life is Life.LAST:
-                report(f"the process that was to give up in order died of {name}: kill the restored tasks")
-                return 1
-            now = time.monotonic()
-            deaths = [then for then in deaths if now - then < _DEATHS_WITHIN_S] + [now]
-            life = Life.LAST if len(deaths) >= _DEATHS else Life.RESUMED
-            what = "giving up" if life is Life.LAST else "the tasks wait, another goes on"
-            report(f"the serving process {child} died of {name}: {what}")
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    while True:
+        flush()  # what the child would write again
+        child = _fork(life)
+        if child == 0:
+            _serve_and_exit(serve, life, blocked)
+        status = _wait(child)
+        if os.WIFEXITED(status):
+            return os.WEXITSTATUS(status)
+        now = time.monotonic()
+        deaths = [then for then in deaths if now - then < _DEATHS_WITHIN_S] + [now]
+        # LAST does not serve; if it cannot give up in order either, it is tried again, and the tasks wait.
+        life = Life.LAST if life is Life.LAST or len(deaths) >= _DEATHS else Life.RESUMED
+        what = "giving up" if life is Life.LAST else "the tasks wait, another goes on"
+        with contextlib.suppress(Exception):
+            report(f"the serving process {child} died of {_name_of(os.WTERMSIG(status))}: {what}")
+        if len(deaths) > _DEATHS:
+            time.sleep(_RETRY_S)
+
+
+def flush() -> None:
+    """Write out what is buffered, where there is still someone to take it."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+
+
+def _name_of(number: int) -> str:
+    with contextlib.suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"
+
+
+def _fork(life: Life) -> int:
+    """Fork; again and again if a child has served already: its tasks wait for the next."""
+    while True:
+        try:
+            return fork_keeping_fds()
+        except SystemCallError:
+            if life is Life.FIRST:
+                raise
+            time.sleep(_RETRY_S)
 
 
 def _serve_and_exit(serve: Callable[[Life], int], life: Life, mask: set[int | signal.Signals]) -> None:
@@ -76,6 +100,8 @@ def _serve_and_exit(serve: Callable[[Life], int], life: Life, mask: set[int | si
     try:
         # A terminal's Ctrl-C must come once, through the keeper: not to its whole process group.
         os.setpgid(0, 0)
+        # Which makes it a background group, whose writing some terminals answer with a stop.
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         code = serve(life)
     except SystemExit as error:
@@ -83,11 +109,11 @@ def _serve_and_exit(serve: Callable[[Life], int], life: Life, mask: set[int | si
     except BaseException:
         import traceback  # noqa: PLC0415  slow to import, and needed by bugs only
 
-        traceback.print_exc()
-        sys.stderr.flush()
+        with contextlib.suppress(Exception):
+            traceback.print_exc()
+        flush()
         os.abort()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush()
     os._exit(code)
 
 

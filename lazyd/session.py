@@ -169,11 +169,14 @@ class Session:
 
     def resume(self, life: Life) -> Outcome:
         """Go on in the place of a process that died; this one is a copy from before it started."""
-        served = self._engine.resume()
         for number, info in enumerate(self._task_infos()):
             if info.run_pid and info.status in (TaskStatus.SERVING, TaskStatus.FAILED):
                 with contextlib.suppress(OSError):
                     self._targets[number] = Target(info.run_pid)
+        if life is Life.LAST:  # before what the others may have died of
+            for pid in self._stop_known_tasks():
+                self._log.debug(f"pid {pid} is stopped")
+        served = self._engine.resume()
         self._engine.start()
         if life is Life.LAST:
             self._fail(f"the serving process died again and again: stopping {served} tasks and giving up")
@@ -183,6 +186,9 @@ class Session:
             self._abandon("the serving process died before the restore was finished")
             return self._finish()
         self._is_finished = True
+        for number, info in enumerate(self._task_infos()):
+            if info.status is TaskStatus.FAILED:  # its notice may have died unread
+                self._fail(f"{self._name(number)}: could not be served to the end")
         self._log.warning(f"going on with {served} tasks, left by a process that died")
         self._progress.begin()
         self._look_for_the_end()

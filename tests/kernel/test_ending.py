@@ -279,6 +279,32 @@ def test_pages_that_are_cut_off_raise_sigbus_and_the_rest_is_right(stage, words)
     assert statistics["reason"] is not None
 
 
+def test_pages_that_are_cut_off_and_nobody_touches_do_not_keep_the_fill_going(stage):
+    vmas = [full(BASE, 4096)]
+    stage.build({PID: vmas})
+    daemon = stage.start_daemon("--stats", str(stage.folder / "stats.json"))
+    steps = ["await", "finish", "hangup", "await"]
+    skeleton = stage.start_skeleton(*hand_over(vmas, PID), "say", "announced", *steps)
+    skeleton.heard("announced")
+    os.truncate(stage.images / "pages-1.img", 2048 * PAGE)
+    skeleton.go_on()
+    assert daemon.wait(10) == 1, daemon.output
+    assert stage.statistics()["pages"]["poisoned"] == 2048
+
+
+def test_an_image_that_is_written_again_is_not_served(stage):
+    vmas = [full(BASE, 512)]
+    stage.build({PID: vmas})
+    daemon = stage.start_daemon()
+    steps = ["await", "finish", "bus", hex(BASE), "512", "sweep", "random", "1"]
+    skeleton = stage.start_skeleton(*hand_over(vmas, PID), "say", "announced", *steps)
+    skeleton.heard("announced")
+    (stage.images / "pages-1.img").write_bytes(b"x" * 512 * PAGE)
+    skeleton.go_on()
+    assert skeleton.wait() == (0, "ok\n"), daemon.output
+    assert daemon.wait() == 1, daemon.output
+
+
 def test_a_page_that_is_cut_in_its_middle_is_not_read_as_half_zeros(stage):
     stage.build({PID: VMAS})
     daemon = stage.start_daemon()

@@ -80,3 +80,20 @@ def test_a_server_killed_before_the_restore_is_finished_fails_it(stage):
     assert daemon.wait() == 1
     assert "died before the restore was finished" in daemon.output
     skeleton.close()
+
+
+def test_a_signal_without_a_name_is_survived(stage):
+    stage.build({PID: VMAS})
+    daemon = stage.start_daemon("--fill", "off")
+    skeleton = stage.start_skeleton(
+        *hand_over(VMAS, PID), "finish", "hangup", "say", "runs", "await", "sweep", "random", "2"
+    )
+    skeleton.heard("runs")
+    daemon.wait_for_line("restore finished")
+    (server,) = descendants(daemon.pid)
+    os.kill(server, 40)
+    wait_until(lambda: descendants(daemon.pid) not in ([], [server]), "another to serve")
+    skeleton.go_on()
+    assert skeleton.wait() == (0, "ok\n"), daemon.output
+    skeleton.close()
+    assert daemon.wait() == 0, daemon.output
