@@ -66,9 +66,17 @@ def build_editable(wheel_directory, config_settings=None, metadata_directory=Non
     return _setuptools.build_editable(wheel_directory, config_settings, metadata_directory)
 
 
-def build_sdist(sdist_directory, config_settings=None):
+def build_sdist(sdist_directory, config_settings=None):  # noqa: ANN201, ANN001
     generate()
-    return _setuptools.build_sdist(sdist_directory, config_settings)
+    # What setuptools does not find by itself; it is told by a file in the top folder, which is there only meanwhile.
+    manifest = ROOT / "MANIFEST.in"
+    manifest.write_text(
+        "recursive-include cbits *.c *.h\nrecursive-include images *.proto\ninclude scripts/build_backend.py\n"
+    )
+    try:
+        return _setuptools.build_sdist(sdist_directory, config_settings)
+    finally:
+        manifest.unlink()
 
 
 def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
