@@ -14,7 +14,7 @@ from lazyd.errors import SystemCallError
 from lazyd.report import Level, Log, Moments, Outcome, Progress, Show
 from lazyd.uffd import TaskInfo, TaskStatus
 
-LINE = re.compile(r"\(\d\d\.\d{6}\) (.*)")
+LINE = re.compile(r"\(\d{2,}\.\d{6}\) (.*)")
 
 
 class FakeTotals:
