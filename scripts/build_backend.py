@@ -66,7 +66,7 @@ def build_editable(wheel_directory, config_settings=None, metadata_directory=Non
     return _setuptools.build_editable(wheel_directory, config_settings, metadata_directory)
 
 
-def build_sdist(sdist_directory, config_settings=None):  # noqa: ANN201, ANN001
+def build_sdist(sdist_directory, config_settings=None):
     generate()
     # What setuptools does not find by itself; it is told by a file in the top folder, which is there only meanwhile.
     manifest = ROOT / "MANIFEST.in"
