@@ -124,7 +124,7 @@ def _serve(options: Options, log: Log, statistics_path: Path | None) -> int:
 
         def serve_life(life: Life) -> int:
             # Nothing is closed on the way of an exception: another process goes on with what is open.
-            outcome = session.run(listener) if life is Life.FIRST else session.resume(life)
+            outcome = session.run(listener) if life is Life.FIRST else session.resume(life, listener)
             listener.unlink()
             return _conclude(outcome, log, statistics_path)
 

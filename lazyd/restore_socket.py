@@ -37,6 +37,8 @@ RESTORE_FINISHED = 0x52535446
 # The kernel's SCM_MAX_FD (include/net/scm.h): no message carries more descriptors.
 _MAX_DESCRIPTORS = 253
 _CREDENTIALS = struct.Struct("=iii")  # struct ucred: pid, uid, gid
+_SAVED = struct.Struct("=iB3s")
+"""A pid whose userfaultfd is due, or 0; how many bytes of the next message are there, and which."""
 _PID = struct.Struct("=i")
 _CHUNK = 4096
 
@@ -82,6 +84,17 @@ class Handshake:
         self._due = _Due.PID
         self._bytes = b""
         self._pid = 0
+
+    def save(self) -> bytes:
+        """Return what restore() needs to go on from here."""
+        pid = self._pid if self._due is _Due.UFFD else 0
+        return _SAVED.pack(pid, len(self._bytes), self._bytes)
+
+    def restore(self, saved: bytes) -> None:
+        """Go on where another one was when it was saved; it had not heard Finished."""
+        self._pid, length, partial = _SAVED.unpack(saved)
+        self._bytes = partial[:length]
+        self._due = _Due.UFFD if self._pid else _Due.PID
 
     def feed(self, data: bytes, descriptors: Sequence[int] = (), *, sender: int = 0) -> list[Event]:
         """Take the bytes of one recvmsg() and the descriptors that came with the last of them; b"": the end.
@@ -150,11 +163,18 @@ class Handshake:
 class Connection:
     """A restorer's connection; it owns its socket."""
 
-    def __init__(self, connected: socket.socket) -> None:
+    def __init__(self, connected: socket.socket, saved: bytes | None = None) -> None:
+        """Take a connection over; `saved`: in the middle, as save() of the one before said."""
         self._socket = connected
         self._socket.setblocking(False)  # noqa: FBT003  its only way
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._handshake = Handshake()
+        if saved is not None:
+            self._handshake.restore(saved)
+
+    def save(self) -> bytes:
+        """Return how far it has come."""
+        return self._handshake.save()
 
     def fileno(self) -> int:
         """Readable when there is something to receive."""

@@ -20,10 +20,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import selectors
 import signal
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
@@ -40,6 +42,9 @@ from lazyd.uffd import Engine, Fill, Notice, NoticeKind, OnFork, Served, TaskInf
 from lazyd.units import PAGE_SIZE, human_bytes
 
 SECOND_SIGNAL_S = 5.0
+_CONNECTION = struct.Struct("=i")
+"""In the mapping shared with the processes after this one: the connection's descriptor, 0 without one."""
+_SAVED_BYTES = 8
 SAME_SIGNAL_S = 0.25
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
@@ -93,6 +98,7 @@ class Session:
         self._end: _End | None = None
         # Not epoll: its state would be shared with, and left behind by, a process that dies (see keeper).
         self._selector = selectors.PollSelector()
+        self._shared = mmap.mmap(-1, mmap.PAGESIZE)
         self._connection: Connection | None = None
         # Before the images: it raises the limit of open files, and a long chain has many of them.
         self._engine = Engine(workers=settings.workers, fill=settings.fill, fill_rate=settings.fill_rate)
@@ -167,7 +173,7 @@ class Session:
         self._wait(listener, lambda: self._on_restorer(listener))
         return self._serve_to_the_end()
 
-    def resume(self, life: Life) -> Outcome:
+    def resume(self, life: Life, listener: Listener) -> Outcome:
         """Go on in the place of a process that died; this one is a copy from before it started."""
         for number, info in enumerate(self._task_infos()):
             if info.run_pid and info.status in (TaskStatus.SERVING, TaskStatus.FAILED):
@@ -183,8 +189,9 @@ class Session:
             self._stop_tasks()
             return self._finish()
         if not self._engine.is_finished:
-            self._abandon("the serving process died before the restore was finished")
-            return self._finish()
+            self._log.warning(f"going on in the middle of a restore, {served} tasks handed over so far")
+            self._resume_handshake(listener)
+            return self._serve_to_the_end()
         self._is_finished = True
         for number, info in enumerate(self._task_infos()):
             if info.status is TaskStatus.FAILED:  # its notice may have died unread
@@ -193,6 +200,26 @@ class Session:
         self._progress.begin()
         self._look_for_the_end()
         return self._serve_to_the_end()
+
+    def _resume_handshake(self, listener: Listener) -> None:
+        """Take up the connection where the process that died has left it: the descriptor is shared."""
+        for info in self._task_infos():
+            if info.status is not TaskStatus.PREPARED and self._tasks.pop(info.image_pid, None) is not None:
+                self._announced.add(info.image_pid)
+        (descriptor,) = _CONNECTION.unpack_from(self._shared)
+        if not descriptor:
+            self._wait(listener, lambda: self._on_restorer(listener))
+            return
+        saved = self._shared[_CONNECTION.size : _CONNECTION.size + _SAVED_BYTES]
+        self._connection = Connection(socket.socket(fileno=descriptor), saved)
+        self._wait(self._connection, self._on_connection)
+
+    def _save_handshake(self) -> None:
+        """Keep where the connection is, for a process that goes on in the place of this one."""
+        if self._connection is not None:
+            saved = self._connection.save()
+            self._shared[_CONNECTION.size : _CONNECTION.size + len(saved)] = saved
+            _CONNECTION.pack_into(self._shared, 0, self._connection.fileno())
 
     def _serve_to_the_end(self) -> Outcome:
         with _signals_as_bytes() as signals:
@@ -260,6 +287,7 @@ class Session:
         self._selector.unregister(listener)
         listener.close()
         self._connection = connection
+        self._save_handshake()
         self._wait(connection, self._on_connection)
 
     def _on_connection(self) -> None:
@@ -268,6 +296,7 @@ class Session:
             while self._connection is not None and (events := self._connection.receive()):
                 for event in events:
                     self._take(event)
+                self._save_handshake()
         except ProtocolError as error:
             self._hang_up()
             self._abandon(str(error))

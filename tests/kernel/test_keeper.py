@@ -10,7 +10,7 @@ import signal
 import time
 
 import pytest
-from kernel_harness import BASE, PID, STRESS, descendants, full, hand_over, sparse, wait_until
+from kernel_harness import BASE, PID, STRESS, descendants, full, hand_over, memory, sparse, wait_until
 
 STEPS = {
     "sweep": ["sweep", "random", "2"],
@@ -70,16 +70,38 @@ def test_a_server_that_dies_again_and_again_gives_up_in_order(stage):
     assert skeleton.wait() == (0, "ok\n"), daemon.output
 
 
-def test_a_server_killed_before_the_restore_is_finished_fails_it(stage):
+@pytest.mark.parametrize("cut", ["connect", "announce"])
+def test_a_server_killed_during_the_handshake_is_replaced(stage, cut):
     stage.build({PID: VMAS})
     daemon = stage.start_daemon()
-    skeleton = stage.start_skeleton(*hand_over(VMAS, PID), "say", "handed", "await")
-    skeleton.heard("handed")
+    steps = {
+        "connect": ["connect", "say", "here", "await", "announce", str(PID)],
+        "announce": ["connect", "announce", str(PID), "say", "here", "await"],
+    }[cut]
+    skeleton = stage.start_skeleton(*memory(VMAS), "open", *steps, "finish", "hangup", "sweep", "random", "2")
+    skeleton.heard("here")
     wait_until(lambda: descendants(daemon.pid), "a process that serves")
+    time.sleep(0.05)
     kill_server(daemon)
-    assert daemon.wait() == 1
-    assert "died before the restore was finished" in daemon.output
+    daemon.wait_for_line("in the middle of a restore")
+    skeleton.go_on()
+    assert skeleton.wait() == (0, "ok\n"), daemon.output
     skeleton.close()
+    assert daemon.wait() == 0, daemon.output
+
+
+def test_what_lies_unread_when_the_server_is_killed_is_read_by_the_next(stage):
+    stage.build({PID: VMAS})
+    daemon = stage.start_daemon()
+    wait_until(lambda: descendants(daemon.pid), "a process that serves")
+    (server,) = descendants(daemon.pid)
+    os.kill(server, signal.SIGSTOP)
+    skeleton = stage.start_skeleton(*hand_over(VMAS, PID), "finish", "hangup", "say", "runs", "sweep", "random", "2")
+    skeleton.heard("runs")
+    os.kill(server, signal.SIGKILL)
+    assert skeleton.wait() == (0, "ok\n"), daemon.output
+    skeleton.close()
+    assert daemon.wait() == 0, daemon.output
 
 
 def test_a_signal_without_a_name_is_survived(stage):

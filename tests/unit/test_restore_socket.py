@@ -286,3 +286,20 @@ def test_a_work_directory_that_is_none_is_refused(in_folder, what):
         work.touch()
     with pytest.raises(SystemCallError, match="chdir to the work directory: ENO"):
         Listener(work)
+
+
+@pytest.mark.parametrize("cut", range(9))
+def test_another_one_goes_on_from_any_byte(cut):
+    said = struct.pack("<ii", -7, -8) + struct.pack("<I", 0x52535446)
+    first, second = Handshake(), Handshake()
+    events = first.feed(said[:cut]) if cut else []
+    second.restore(first.save())
+    assert events + second.feed(said[cut:]) == [Zombie(7), Zombie(8), Finished()]
+
+
+def test_another_one_still_waits_for_the_userfaultfd_that_was_due():
+    first, second = Handshake(), Handshake()
+    first.feed(struct.pack("<i", 12))
+    second.restore(first.save())
+    with pytest.raises(ProtocolError, match="task 12 came without a userfaultfd"):
+        second.feed(b"x")
