@@ -42,6 +42,7 @@ struct lz_task {
 	uint32_t help_done;  /* its half is full: it goes on where the worker does */
 	uint32_t jobs;       /* of it that the helper has */
 	uint32_t scatter;    /* how random its faults have been of late: up to SCATTER_MOST */
+	uint32_t in_stream;  /* its last fault was one of a stream */
 	uint32_t backoff_ns; /* next wait after an EAGAIN */
 	uint64_t image_pages;
 	uint64_t left_pages;                  /* atomic for readers */
@@ -90,6 +91,14 @@ struct lz_counters {
 	uint64_t fault_ns[LZ_LATENCY_BUCKETS];
 };
 
+/* What a worker has seen of a source a moment ago. */
+struct lz_source_view {
+	struct lz_resident {
+		uint64_t start, end; /* bytes that were in memory */
+	} resident[2];               /* enum lz_for */
+	uint64_t asked;              /* plus 1: where the fill last had bytes read; asked twice means they cannot be */
+};
+
 struct lz_worker {
 	struct lz_engine *engine;
 	struct lz_counters *counters;
@@ -108,10 +117,8 @@ struct lz_worker {
 	struct lz_pending pending[LZ_PENDING + LZ_READS];
 	pthread_mutex_t inbox_lock;
 	struct lz_helper helper;
-	struct lz_resident {
-		uint64_t start, end; /* bytes of a source that were in memory a moment ago */
-		uint64_t asked;      /* plus 1: where the fill last had bytes read; asked twice means they cannot be */
-	} *resident;                 /* one a source */
+	struct lz_checked checked;
+	struct lz_source_view *view; /* one a source */
 	uint32_t inbox_count;        /* atomic */
 	uint32_t inbox_capacity;
 	struct lz_task **inbox;

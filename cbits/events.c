@@ -280,15 +280,11 @@ uint32_t lz_events_read(struct lz_worker *worker, struct lz_task *task, uint64_t
 	struct uffd_msg aside[LZ_MESSAGES]; /* called while messages are being looked at: the task is ending */
 	struct uffd_msg *message = faults ? worker->flight->message : aside;
 	uint32_t found = 0;
-	bool is_held = false;
 
 	if (faults)
 		worker->flight->task = task->number;
 	/* What is read lets the task go on: no copy may be on its way that was decided before. */
-	if (task->jobs) {
-		lz_helper_hold(worker);
-		is_held = true;
-	}
+	lz_helper_hold(worker);
 
 	/* Bounded: what is left in the queue makes every copy fail that it matters to. */
 	for (uint32_t reads = 0; lz_is_serving(task) && reads < MOST_READS && (!room || found < room); reads++) {
@@ -329,8 +325,7 @@ uint32_t lz_events_read(struct lz_worker *worker, struct lz_task *task, uint64_t
 	if (!lz_is_serving(task)) /* it ended in the middle: what is left is nobody's */
 		for (uint32_t i = 0; i < LZ_MESSAGES; i++)
 			message[i].event = 0;
-	if (is_held)
-		lz_helper_release(worker);
+	lz_helper_release(worker);
 	return found;
 }
 

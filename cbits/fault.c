@@ -8,9 +8,8 @@
 #define ZERO_WINDOW_PAGES 512U
 #define COPY_WINDOW_PAGES 192U
 #define STREAM_REACH_PAGES 256U /* the fill goes on ahead of a stream, so its next fault is that much later */
+#define SHARED_PAGES 64U        /* a window from which on the helper is let go meanwhile */
 #define NEIGHBOUR_PAGES 32U     /* a fault that close to the one before shows that neighbours are worth bringing */
-#define SCATTER_RANDOM 8U       /* from here on faults are random: what is around them is not what comes next */
-#define SCATTER_MOST 16U
 
 /* Find the forward stream that a fault belongs to, or begin one in the place of the oldest. */
 static struct lz_stream *stream_of(struct lz_task *task, uint64_t address)
@@ -59,6 +58,32 @@ static uint64_t window_of(const struct lz_stream *stream, uint64_t most)
 		return 1;
 	pages = 8ULL << (stream->streak < 8 ? stream->streak : 8);
 	return pages < most ? pages : most;
+}
+
+/*
+ * Install the window of a fault, its page first. A large one, far into a stream, is worth the helper's time too: the
+ * helper copies until the task is woken, which is by its page, last.
+ */
+static int install_window(struct lz_worker *worker, struct lz_task *task, const struct lz_run *run)
+{
+	struct lz_run first = *run, rest = *run;
+	uint32_t depth;
+	int result;
+
+	if (!task->jobs || run->pages < SHARED_PAGES)
+		return lz_install_run(worker, task, run, LZ_BY_FAULT);
+	first.pages = 1;
+	rest.pages--;
+	rest.page++;
+	rest.start += LZ_PAGE_SIZE;
+	rest.offset += LZ_PAGE_SIZE;
+	depth = lz_helper_lend(worker);
+	result = lz_install_run(worker, task, &rest, LZ_BY_FAULT);
+	lz_helper_regain(worker, depth);
+	lz_helper_stand_by(worker);
+	if (result || !lz_is_serving(task))
+		return result;
+	return lz_install_run(worker, task, &first, LZ_BY_FAULT);
 }
 
 /*
@@ -166,7 +191,8 @@ static int answer(struct lz_worker *worker, struct lz_task *task, uint64_t addre
 	if (pages > 1 && lz_space_next_missing(arena, space, (uint32_t)number, page, page + pages, pages, &run))
 		pages = run.pages;
 	if (run.kind == LZ_KIND_DUMPED) {
-		uint64_t there = lz_resident_bytes(worker, run.source, run.offset, run.offset + BYTES(run.pages));
+		uint64_t there =
+			lz_resident_bytes(worker, LZ_FOR_WORKER, run.source, run.offset, run.offset + BYTES(run.pages));
 
 		if (!there && *read == LZ_NO_READ) {
 			/* From a disk: somebody else waits for it. With no one free, or after that, we do. */
@@ -182,7 +208,7 @@ static int answer(struct lz_worker *worker, struct lz_task *task, uint64_t addre
 		pages = run.pages;
 	}
 	stream->next = address + BYTES(pages);
-	result = lz_install_run(worker, task, &run, LZ_BY_FAULT);
+	result = install_window(worker, task, &run);
 	if (!lz_is_serving(task))
 		return result;
 	/*
@@ -190,6 +216,7 @@ static int answer(struct lz_worker *worker, struct lz_task *task, uint64_t addre
 	 * show that neither is of use: then the fill goes on in order, whose copies are large and whose source is read
 	 * forward, and that ends the faults soonest.
 	 */
+	task->in_stream = stream->streak > 0;
 	if (stream->streak)
 		task->near = stream->next;
 	else if (task->scatter < SCATTER_RANDOM || fill_is_off(worker))
@@ -243,7 +270,11 @@ void lz_fault_answer(struct lz_worker *worker, struct lz_task *task, uint64_t ad
 		hold_fault(worker, task, address, since, LZ_NO_READ); /* nothing can be installed now */
 		return;
 	}
+	/* An answer lets the task go on, perhaps where the helper is: in the middle of a copy it would be held up. */
+	lz_helper_hold(worker);
+	lz_helper_stand_by(worker);
 	result = answer(worker, task, address, &read);
+	lz_helper_release(worker);
 	if (!lz_task_outcome(worker, task, result)) {
 		hold_fault(worker, task, address, since, was_read ? LZ_NO_READ : read);
 		return;

@@ -7,7 +7,7 @@
 #include <sys/mman.h>
 
 #define ACTIVE_NS 1000000U /* a task that faulted within this time gets small chunks of fill */
-#define ACTIVE_FILL_PAGES 24U
+#define ACTIVE_FILL_PAGES 12U
 #define IDLE_CHUNK_PAGES 64U
 #define HAND_BACK_REGIONS 8U /* looked at in one round */
 #define HELP_PAGES 256U      /* less than this is not worth a helper */
@@ -167,7 +167,8 @@ static bool fetched_for_fill(struct lz_worker *worker, struct lz_run *run, bool 
 {
 	struct lz_io *io = &worker->engine->io;
 	const uint64_t size = worker->engine->source[run->source].size;
-	struct lz_resident *resident = &worker->resident[run->source];
+	struct lz_source_view *view = &worker->view[run->source];
+	const struct lz_resident *resident = &view->resident[LZ_FOR_WORKER];
 	const uint64_t known = resident->end;
 	uint64_t end = run->offset + BYTES(run->pages);
 	uint64_t ahead = run->offset + AHEAD_BYTES, there;
@@ -175,9 +176,9 @@ static bool fetched_for_fill(struct lz_worker *worker, struct lz_run *run, bool 
 	/* A fill in order asks for a window at a time, one that follows random faults for no more than it needs. */
 	if (in_order && end < run->offset + BYTES(RESIDENT_PAGES))
 		end = run->offset + BYTES(RESIDENT_PAGES) < size ? run->offset + BYTES(RESIDENT_PAGES) : size;
-	there = lz_resident_bytes(worker, run->source, run->offset, end);
-	if (!there && resident->asked != run->offset + 1) {
-		resident->asked = run->offset + 1;
+	there = lz_resident_bytes(worker, LZ_FOR_WORKER, run->source, run->offset, end);
+	if (!there && view->asked != run->offset + 1) {
+		view->asked = run->offset + 1;
 		lz_io_ahead(io, worker, run->source, run->offset, ahead < size ? ahead : size);
 		return false;
 	}
@@ -187,7 +188,7 @@ static bool fetched_for_fill(struct lz_worker *worker, struct lz_run *run, bool 
 		if (lz_io_is_reading(io, run->source, run->offset))
 			return false;
 		run->pages = 1;
-		resident->asked = 0;
+		view->asked = 0;
 		return true;
 	}
 	if (resident->end != known && ahead < size) { /* once a window */
@@ -261,7 +262,8 @@ static void give_to_helper(struct lz_worker *worker, struct lz_task *task, uint6
 		struct lz_run run;
 
 		if (!next_to_help(worker, task, &run) || run.kind != LZ_KIND_DUMPED ||
-		    lz_resident_bytes(worker, run.source, run.offset, run.offset + BYTES(run.pages)) < BYTES(run.pages))
+		    lz_resident_bytes(worker, LZ_FOR_HELPER, run.source, run.offset, run.offset + BYTES(run.pages)) <
+			    BYTES(run.pages))
 			return;
 		lz_helper_give(worker, task, &run);
 	}
@@ -274,12 +276,12 @@ static bool fill_task(struct lz_worker *worker, struct lz_task *task, uint64_t n
 	struct lz_arena *arena = engine->arena;
 	const bool is_active = now - task->fault_ns < ACTIVE_NS;
 	/* Behind a stream of faults goes what it asks for next: there the large copy is the short way. */
-	uint64_t budget = is_active && !task->near ? ACTIVE_FILL_PAGES : IDLE_CHUNK_PAGES;
+	uint64_t budget = is_active && !(task->near && task->in_stream) ? ACTIVE_FILL_PAGES : IDLE_CHUNK_PAGES;
 	uint64_t allowance = fill_allowance(engine, now), filled = 0;
 
 	if (allowance < LZ_PAGE_SIZE)
 		return false;
-	if (is_active) /* what a fault may have to wait for, and its processor, are the task's own then */
+	if (lz_helper_rests(worker, now) || (is_active && task->scatter >= SCATTER_RANDOM))
 		lz_helper_recall(worker, task);
 	else if (allowance == UINT64_MAX && task->left_pages > HELP_PAGES)
 		give_to_helper(worker, task, now);

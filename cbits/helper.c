@@ -8,10 +8,13 @@
 #include <time.h>
 #include <unistd.h>
 
-#define SUB_PAGES 8U           /* in one copy: what a fault may have to wait for */
-#define SPIN_NS 15000U         /* the worker waits this long for a copy to end before it hurries the helper */
-#define FIRST_REST_NS 2000000U /* a helper that was preempted has no processor to itself: no jobs for a while, */
-#define LAST_REST_NS 64000000U /* a longer one each time */
+#define SUB_PAGES 4U           /* in one copy: what a fault may have to wait for */
+#define SPIN_NS 40000U         /* the worker waits this long for a copy to end before it hurries the helper */
+#define HELD_SPIN_NS 50000U    /* a helper that is held waits this long before it sleeps */
+#define STAND_BY_NS 30000U     /* and this long for a task that was woken to take its processor */
+#define GAP_NS 1000U           /* somebody ran here in between: two switches and a fault take longer */
+#define FIRST_REST_NS 500000U  /* a helper that was preempted has no processor to itself: no jobs for a while, */
+#define LAST_REST_NS 16000000U /* a longer one each time */
 
 static void futex_wait(uint32_t *word, uint32_t value, uint64_t ns)
 {
@@ -44,13 +47,13 @@ static void copy_some(struct lz_worker *worker, struct lz_job *job)
 
 	if (pages > SUB_PAGES)
 		pages = SUB_PAGES;
-	if (!lz_source_holds(worker, job->source, offset + BYTES(pages))) {
+	if (!lz_source_held(worker, &worker->helper.checked, job->source, offset + BYTES(pages))) {
 		job->failed = true;
 		return;
 	}
 	LZ_POINT("helper-copy", start);
 	result = lz_uffd_copy(job->uffd, start, source->map + offset, BYTES(pages), &done);
-	if (done && !lz_source_holds(worker, job->source, offset + done))
+	if (done && !lz_source_holds(worker, &worker->helper.checked, job->source, offset + done))
 		job->suspect = true;
 	job->done_pages += (uint32_t)PAGES(done);
 	if (result == -EEXIST && !done)
@@ -59,11 +62,43 @@ static void copy_some(struct lz_worker *worker, struct lz_job *job)
 		job->failed = true;
 }
 
+/*
+ * Wait until nobody holds the helper, and, where a task was woken meanwhile, until that has run on this processor and
+ * left it, or seems to run on another one. False: it takes longer, sleep.
+ */
+static bool stand_by(const struct lz_helper *helper, uint32_t *woken)
+{
+	uint64_t begin = lz_now_ns(), now = begin, last = begin, woken_ns = begin;
+	bool has_run = true;
+
+	while (!__atomic_load_n(&helper->stopping, __ATOMIC_RELAXED)) {
+		bool is_held = __atomic_load_n(&helper->wanted, __ATOMIC_SEQ_CST);
+		uint32_t now_woken = __atomic_load_n(&helper->woken, __ATOMIC_ACQUIRE);
+
+		last = now;
+		now = lz_now_ns();
+		if (now_woken != *woken) {
+			*woken = now_woken;
+			woken_ns = now;
+			has_run = false;
+		} else if (now - last >= GAP_NS) {
+			has_run = true;
+		}
+		if (!is_held && (has_run || now - woken_ns >= STAND_BY_NS))
+			return true;
+		if (is_held && now - begin >= HELD_SPIN_NS)
+			return false;
+		__builtin_ia32_pause();
+	}
+	return false;
+}
+
 static void *helper_main(void *argument)
 {
 	struct lz_worker *worker = argument;
 	struct lz_helper *helper = &worker->helper;
 	const struct sched_param none = { 0 };
+	uint32_t woken = 0;
 
 	(void)sched_setscheduler(0, SCHED_IDLE, &none);
 	__atomic_store_n(&helper->tid, (pid_t)syscall(SYS_gettid), __ATOMIC_RELEASE);
@@ -71,8 +106,7 @@ static void *helper_main(void *argument)
 		uint32_t posted = __atomic_load_n(&helper->posted, __ATOMIC_SEQ_CST);
 		uint32_t head = __atomic_load_n(&helper->head, __ATOMIC_RELAXED);
 
-		if (__atomic_load_n(&helper->wanted, __ATOMIC_SEQ_CST) ||
-		    head == __atomic_load_n(&helper->tail, __ATOMIC_ACQUIRE)) {
+		if (head == __atomic_load_n(&helper->tail, __ATOMIC_ACQUIRE) || !stand_by(helper, &woken)) {
 			__atomic_store_n(&helper->sleeping, 1, __ATOMIC_SEQ_CST);
 			futex_wait(&helper->posted, posted, 100000000U);
 			__atomic_store_n(&helper->sleeping, 0, __ATOMIC_SEQ_CST);
@@ -117,11 +151,16 @@ void lz_helper_stop(struct lz_worker *worker)
 	helper->running = false;
 }
 
+bool lz_helper_rests(const struct lz_worker *worker, uint64_t now)
+{
+	return now < worker->helper.rest_ns;
+}
+
 bool lz_helper_has_room(struct lz_worker *worker, uint64_t now)
 {
 	const struct lz_helper *helper = &worker->helper;
 
-	return helper->running && now >= helper->rest_ns && helper->tail - helper->harvested < LZ_JOBS;
+	return helper->running && !lz_helper_rests(worker, now) && helper->tail - helper->harvested < LZ_JOBS;
 }
 
 void lz_helper_give(struct lz_worker *worker, struct lz_task *task, const struct lz_run *run)
@@ -201,15 +240,13 @@ static bool hurry_helper(struct lz_helper *helper)
 	return false;
 }
 
-void lz_helper_hold(struct lz_worker *worker)
+/* Keep the helper out of copies; returns when it is in none. */
+static void stop_copies(struct lz_helper *helper)
 {
-	struct lz_helper *helper = &worker->helper;
 	const struct sched_param none = { 0 };
 	bool is_hurried = false, runs = false;
 	uint64_t since = 0;
 
-	if (helper->depth++ || !helper->running)
-		return;
 	__atomic_store_n(&helper->wanted, 1, __ATOMIC_SEQ_CST);
 	while (__atomic_load_n(&helper->busy, __ATOMIC_SEQ_CST)) {
 		uint64_t now = lz_now_ns();
@@ -230,20 +267,57 @@ void lz_helper_hold(struct lz_worker *worker)
 	(void)sched_setscheduler(helper->tid, SCHED_IDLE, &none);
 	if (!runs)
 		(void)sched_setaffinity(helper->tid, sizeof(helper->processors), &helper->processors);
-	helper->rest_ns = lz_now_ns() + helper->rest_length_ns;
-	if (helper->rest_length_ns < LAST_REST_NS)
+	since = lz_now_ns();
+	if (since > helper->rest_ns + 4 * helper->rest_length_ns)
+		helper->rest_length_ns = FIRST_REST_NS;
+	else if (helper->rest_length_ns < LAST_REST_NS)
 		helper->rest_length_ns *= 2;
+	helper->rest_ns = since + helper->rest_length_ns;
+}
+
+static void allow_copies(struct lz_helper *helper)
+{
+	__atomic_store_n(&helper->wanted, 0, __ATOMIC_SEQ_CST);
+	if (helper->head != helper->tail)
+		post(helper);
+}
+
+void lz_helper_hold(struct lz_worker *worker)
+{
+	if (!worker->helper.depth++ && worker->helper.running)
+		stop_copies(&worker->helper);
+}
+
+void lz_helper_stand_by(struct lz_worker *worker)
+{
+	struct lz_helper *helper = &worker->helper;
+
+	__atomic_store_n(&helper->woken, helper->woken + 1, __ATOMIC_RELEASE);
 }
 
 void lz_helper_release(struct lz_worker *worker)
 {
-	struct lz_helper *helper = &worker->helper;
+	assert(worker->helper.depth);
+	if (!--worker->helper.depth && worker->helper.running)
+		allow_copies(&worker->helper);
+}
 
-	if (--helper->depth || !helper->running)
-		return;
-	__atomic_store_n(&helper->wanted, 0, __ATOMIC_SEQ_CST);
-	if (helper->head != helper->tail)
-		post(helper);
+uint32_t lz_helper_lend(struct lz_worker *worker)
+{
+	const uint32_t depth = worker->helper.depth;
+
+	worker->helper.depth = 0;
+	if (depth && worker->helper.running)
+		allow_copies(&worker->helper);
+	return depth;
+}
+
+void lz_helper_regain(struct lz_worker *worker, uint32_t depth)
+{
+	assert(!worker->helper.depth);
+	if (depth && worker->helper.running)
+		stop_copies(&worker->helper);
+	worker->helper.depth = depth;
 }
 
 void lz_helper_recall(struct lz_worker *worker, struct lz_task *task)

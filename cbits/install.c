@@ -7,6 +7,8 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
+#define CHECKED_NS 10000U /* no longer than the copy after it takes, in which it is not looked at either */
+
 /* How many bytes of a pages image, from its start, are still what they were when it was loaded. */
 static uint64_t source_bytes(struct lz_worker *worker, uint16_t number)
 {
@@ -27,32 +29,44 @@ static uint64_t source_bytes(struct lz_worker *worker, uint16_t number)
 	return size < source->size ? size : 0;
 }
 
-bool lz_source_holds(struct lz_worker *worker, uint16_t number, uint64_t end)
+bool lz_source_holds(struct lz_worker *worker, struct lz_checked *checked, uint16_t number, uint64_t end)
 {
-	return source_bytes(worker, number) >= end;
+	const uint64_t bytes = source_bytes(worker, number);
+
+	*checked = (struct lz_checked){ .ns = lz_now_ns(), .bytes = bytes, .source = number };
+	return bytes >= end;
+}
+
+bool lz_source_held(struct lz_worker *worker, struct lz_checked *checked, uint16_t number, uint64_t end)
+{
+	if (checked->source == number && checked->bytes >= end && lz_now_ns() - checked->ns < CHECKED_NS)
+		return true;
+	return lz_source_holds(worker, checked, number, end);
 }
 
 /*
  * Ask how much of a range of a source, from its start, is in memory; 0 when its first page is not.
  */
-uint64_t lz_resident_bytes(struct lz_worker *worker, uint16_t number, uint64_t start, uint64_t end)
+uint64_t lz_resident_bytes(struct lz_worker *worker, enum lz_for who, uint16_t number, uint64_t start, uint64_t end)
 {
 	const struct lz_source *source = &worker->engine->source[number];
-	struct lz_resident *resident = &worker->resident[number];
+	struct lz_resident *resident = &worker->view[number].resident[who];
 	unsigned char there[RESIDENT_PAGES];
 	uint64_t pages, known = 0;
+	bool is_wide;
 
 	if (resident->start <= start && start < resident->end)
 		return (end < resident->end ? end : resident->end) - start;
 	/* Small questions are those of faults: nothing says that what follows will be asked. */
-	pages = end - start <= BYTES(ACTIVE_CHUNK_PAGES) ? PAGES(end - start) : RESIDENT_PAGES;
+	is_wide = end - start > BYTES(ACTIVE_CHUNK_PAGES);
+	pages = is_wide ? RESIDENT_PAGES : PAGES(end - start);
 	if (pages > PAGES(source->size - start + LZ_PAGE_SIZE - 1))
 		pages = PAGES(source->size - start + LZ_PAGE_SIZE - 1);
 	if (mincore((void *)(uintptr_t)(source->map + start), BYTES(pages), there) < 0)
 		return end - start;
 	while (known < pages && there[known] & 1)
 		known++;
-	if (pages == RESIDENT_PAGES && known) {
+	if (is_wide && known) {
 		resident->start = start;
 		resident->end = start + BYTES(known);
 	}
@@ -121,7 +135,7 @@ int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct 
 
 	if (run->kind != LZ_KIND_DUMPED)
 		return give_up_pages(worker, task, start, left, run->source, -EOPNOTSUPP) < 0 ? -EAGAIN : 0;
-	if (!lz_source_holds(worker, run->source, offset + BYTES(left))) {
+	if (!lz_source_held(worker, &worker->checked, run->source, offset + BYTES(left))) {
 		uint64_t size = source_bytes(worker, run->source);
 
 		readable = size > offset ? PAGES(size - offset) : 0;
@@ -152,7 +166,7 @@ int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct 
 			lz_forget_left(task, PAGES(done));
 			lz_count(cause == LZ_BY_FAULT ? &counters->fault_copied_pages : &counters->fill_copied_pages,
 				 PAGES(done));
-			if (!lz_source_holds(worker, run->source, offset + done))
+			if (!lz_source_holds(worker, &worker->checked, run->source, offset + done))
 				lz_notify(worker, (struct lz_notice){ .kind = LZ_NOTICE_SUSPECT,
 								      .task = task->number,
 								      .address = start,

@@ -32,6 +32,7 @@
 #include "worker.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <time.h>
@@ -43,12 +44,26 @@
 #define SETTLE_NS 30000U   /* waits this long in place for a layout to settle */
 #define PROBE_NS 50000000U /* how often an idle task is asked whether it still exists */
 
+/* Whether a task's queue has something to read; a queue that says so may be read. */
+static bool has_messages(struct lz_task *task)
+{
+	struct pollfd queue = { .fd = task->uffd, .events = POLLIN };
+	uint64_t before = lz_now_ns();
+
+	if (poll(&queue, 1, 0))
+		return true;
+	task->empty_ns = before;
+	return false;
+}
+
 static void serve(struct lz_worker *worker, struct lz_task *task)
 {
 	uint64_t faults[FAULTS];
 	uint64_t since = task->empty_ns;
-	uint32_t found = lz_events_read(worker, task, faults, FAULTS);
+	uint32_t found;
 
+	lz_helper_hold(worker); /* from what is read to what is answered */
+	found = lz_events_read(worker, task, faults, FAULTS);
 	if (lz_is_serving(task) && task->events) {
 		/* The thread that waits for us needs a few µs to go on. */
 		uint64_t until = lz_now_ns() + SETTLE_NS;
@@ -63,6 +78,7 @@ static void serve(struct lz_worker *worker, struct lz_task *task)
 	}
 	for (uint32_t i = 0; i < found; i++)
 		lz_fault_answer(worker, task, faults[i], since, LZ_NO_READ);
+	lz_helper_release(worker);
 }
 
 /* Look again at the layouts that had not settled. */
@@ -140,8 +156,9 @@ static void wait_for_work(struct lz_worker *worker, uint64_t ns)
 	struct timespec timeout = { .tv_sec = (time_t)(ns / 1000000000ULL), .tv_nsec = (long)(ns % 1000000000ULL) };
 	int ready;
 
-	if (!ns && worker->tasks == 1) { /* saves the fault a system call */
-		serve(worker, worker->task[0]);
+	if (!ns && worker->tasks == 1) {                                     /* saves the fault a system call */
+		if (!worker->task[0]->jobs || has_messages(worker->task[0])) /* the helper is not held for nothing */
+			serve(worker, worker->task[0]);
 		return;
 	}
 	ready = epoll_pwait2(worker->epoll, event, 64, &timeout, NULL);
@@ -168,8 +185,8 @@ void *lz_worker_main(void *argument)
 	uint64_t busy_ns = 0;
 	bool worked = false;
 
-	worker->resident = calloc(engine->sources + 1, sizeof(*worker->resident));
-	if (!worker->resident)
+	worker->view = calloc(engine->sources + 1, sizeof(*worker->view));
+	if (!worker->view)
 		abort(); /* before any task: the keeper reports it */
 	lz_helper_start(worker);
 	while (!__atomic_load_n(&engine->stopping, __ATOMIC_ACQUIRE)) {
@@ -204,6 +221,6 @@ void *lz_worker_main(void *argument)
 	for (uint32_t i = 0; i < worker->tasks; i++)
 		lz_helper_recall(worker, worker->task[i]);
 	lz_helper_stop(worker);
-	free(worker->resident);
+	free(worker->view);
 	return NULL;
 }

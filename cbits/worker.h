@@ -14,12 +14,17 @@
 #include <assert.h>
 
 #define ACTIVE_CHUNK_PAGES 16U /* filled in one go while a task faults, and read in one go for a fault */
-#define RESIDENT_PAGES 256U    /* asked at once whether they are in memory */
+#define SCATTER_RANDOM 8U      /* from here on faults are random: what is around them is not what comes next */
+#define SCATTER_MOST 16U
+#define RESIDENT_PAGES 256U /* asked at once whether they are in memory */
 
 #define PAGES(bytes) ((bytes) >> LZ_PAGE_SHIFT)
 #define BYTES(pages) ((uint64_t)(pages) << LZ_PAGE_SHIFT)
 
 enum lz_cause { LZ_BY_FAULT, LZ_BY_FILL };
+
+/* Who asks for bytes of a source, each somewhere else in it. */
+enum lz_for { LZ_FOR_WORKER, LZ_FOR_HELPER };
 
 static inline void lz_count(uint64_t *counter, uint64_t n)
 {
@@ -66,9 +71,11 @@ int lz_install_zeros(struct lz_worker *worker, struct lz_task *task, uint64_t st
  * Ask whether a pages image still holds its bytes up to `end`. A page of a mapping that lies beyond the end of its
  * file raises -EFAULT in COPY; but the rest of the last page of a file that was cut inside a page reads as zeros.
  */
-bool lz_source_holds(struct lz_worker *worker, uint16_t source, uint64_t end);
+bool lz_source_holds(struct lz_worker *worker, struct lz_checked *checked, uint16_t source, uint64_t end);
+/* The same where the answer may be a few µs old: the look after one copy is the look before the next. */
+bool lz_source_held(struct lz_worker *worker, struct lz_checked *checked, uint16_t source, uint64_t end);
 /* How much of a range of a source, from its start, is in memory; 0 when its first page is not. */
-uint64_t lz_resident_bytes(struct lz_worker *worker, uint16_t source, uint64_t start, uint64_t end);
+uint64_t lz_resident_bytes(struct lz_worker *worker, enum lz_for who, uint16_t source, uint64_t start, uint64_t end);
 
 /* fault.c */
 /* Answer a fault, or keep it for later. `since` is when it may have happened, `read` what was read for it, if any. */
