@@ -49,6 +49,17 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"lazyd: {message} (lazyd --help shows the options)")
 
 
+class _Help(argparse.HelpFormatter):
+    """As wide as the terminal. argparse asks shutil how wide that is, whose import every start would wait for."""
+
+    def __init__(self, prog: str) -> None:
+        try:
+            columns = os.get_terminal_size().columns
+        except OSError:
+            columns = 0
+        super().__init__(prog, width=(columns or 120) - 2)
+
+
 class _Verbosity(argparse.Action):
     """Count -v as criu does: each one more; -vN, taken apart by _spell_out, says it outright."""
 
@@ -68,7 +79,7 @@ class _Verbosity(argparse.Action):
 
 
 def _make_parser() -> _Parser:
-    parser = _Parser(prog="lazyd", usage=_USAGE, add_help=False)
+    parser = _Parser(prog="lazyd", usage=_USAGE, add_help=False, formatter_class=_Help)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     files = parser.add_argument_group("files")
     files.add_argument("-D", "--images-dir", "--images", metavar="DIR", type=Path, help="directory of the images")
