@@ -91,12 +91,12 @@ struct lz_counters {
 	uint64_t fault_ns[LZ_LATENCY_BUCKETS];
 };
 
-/* What a worker has seen of a source a moment ago. */
+/* What a worker, or its helper, has seen of a source a moment ago. */
 struct lz_source_view {
-	struct lz_resident {
-		uint64_t start, end; /* bytes that were in memory */
-	} resident[2];               /* enum lz_for */
-	uint64_t asked;              /* plus 1: where the fill last had bytes read; asked twice means they cannot be */
+	uint64_t start, end; /* bytes that were in memory */
+	uint64_t checked_ns; /* when it was seen to be checked_bytes long */
+	uint64_t checked_bytes;
+	uint64_t asked; /* plus 1: where the fill last had bytes read; asked twice means they cannot be */
 };
 
 struct lz_worker {
@@ -117,9 +117,8 @@ struct lz_worker {
 	struct lz_pending pending[LZ_PENDING + LZ_READS];
 	pthread_mutex_t inbox_lock;
 	struct lz_helper helper;
-	struct lz_checked checked;
-	struct lz_source_view *view; /* one a source */
-	uint32_t inbox_count;        /* atomic */
+	struct lz_source_view *view[2]; /* enum lz_for: one a source */
+	uint32_t inbox_count;           /* atomic */
 	uint32_t inbox_capacity;
 	struct lz_task **inbox;
 };

@@ -167,9 +167,8 @@ static bool fetched_for_fill(struct lz_worker *worker, struct lz_run *run, bool 
 {
 	struct lz_io *io = &worker->engine->io;
 	const uint64_t size = worker->engine->source[run->source].size;
-	struct lz_source_view *view = &worker->view[run->source];
-	const struct lz_resident *resident = &view->resident[LZ_FOR_WORKER];
-	const uint64_t known = resident->end;
+	struct lz_source_view *view = &worker->view[LZ_FOR_WORKER][run->source];
+	const uint64_t known = view->end;
 	uint64_t end = run->offset + BYTES(run->pages);
 	uint64_t ahead = run->offset + AHEAD_BYTES, there;
 
@@ -191,7 +190,7 @@ static bool fetched_for_fill(struct lz_worker *worker, struct lz_run *run, bool 
 		view->asked = 0;
 		return true;
 	}
-	if (resident->end != known && ahead < size) { /* once a window */
+	if (view->end != known && ahead < size) { /* once a window */
 		unsigned char is_there;
 		const uint8_t *map = worker->engine->source[run->source].map;
 
@@ -255,7 +254,7 @@ static bool next_to_help(struct lz_worker *worker, struct lz_task *task, struct 
 }
 
 /* Keep the helper in work. */
-static void give_to_helper(struct lz_worker *worker, struct lz_task *task, uint64_t now)
+static void give_to_helper(struct lz_worker *worker, struct lz_task *task, uint32_t copy_pages, uint64_t now)
 {
 	lz_helper_harvest(worker);
 	while (lz_helper_has_room(worker, now)) {
@@ -265,8 +264,16 @@ static void give_to_helper(struct lz_worker *worker, struct lz_task *task, uint6
 		    lz_resident_bytes(worker, LZ_FOR_HELPER, run.source, run.offset, run.offset + BYTES(run.pages)) <
 			    BYTES(run.pages))
 			return;
-		lz_helper_give(worker, task, &run);
+		lz_helper_give(worker, task, &run, copy_pages);
 	}
+}
+
+/* How much of a job the helper copies at once: what a fault may have to wait for, beside what it waits for anyway. */
+static uint32_t helper_copy_pages(const struct lz_task *task, bool is_active)
+{
+	if (!is_active)
+		return 8;
+	return task->in_stream ? 16 : 4;
 }
 
 /* One bounded chunk of background fill for a task. True when something was done. */
@@ -284,7 +291,7 @@ static bool fill_task(struct lz_worker *worker, struct lz_task *task, uint64_t n
 	if (lz_helper_rests(worker, now) || (is_active && task->scatter >= SCATTER_RANDOM))
 		lz_helper_recall(worker, task);
 	else if (allowance == UINT64_MAX && task->left_pages > HELP_PAGES)
-		give_to_helper(worker, task, now);
+		give_to_helper(worker, task, helper_copy_pages(task, is_active), now);
 	if (budget > PAGES(allowance))
 		budget = PAGES(allowance);
 	for (uint32_t copies = 0; copies < CHUNK_COPIES && filled < budget; copies++) {

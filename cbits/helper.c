@@ -8,7 +8,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#define SUB_PAGES 4U           /* in one copy: what a fault may have to wait for */
 #define SPIN_NS 40000U         /* the worker waits this long for a copy to end before it hurries the helper */
 #define HELD_SPIN_NS 50000U    /* a helper that is held waits this long before it sleeps */
 #define STAND_BY_NS 30000U     /* and this long for a task that was woken to take its processor */
@@ -45,15 +44,15 @@ static void copy_some(struct lz_worker *worker, struct lz_job *job)
 	uint64_t offset = job->offset + BYTES(job->done_pages), done;
 	int result;
 
-	if (pages > SUB_PAGES)
-		pages = SUB_PAGES;
-	if (!lz_source_held(worker, &worker->helper.checked, job->source, offset + BYTES(pages))) {
+	if (pages > job->copy_pages)
+		pages = job->copy_pages;
+	if (!lz_source_held(worker, LZ_FOR_HELPER, job->source, offset + BYTES(pages))) {
 		job->failed = true;
 		return;
 	}
 	LZ_POINT("helper-copy", start);
 	result = lz_uffd_copy(job->uffd, start, source->map + offset, BYTES(pages), &done);
-	if (done && !lz_source_holds(worker, &worker->helper.checked, job->source, offset + done))
+	if (done && !lz_source_holds(worker, LZ_FOR_HELPER, job->source, offset + done))
 		job->suspect = true;
 	job->done_pages += (uint32_t)PAGES(done);
 	if (result == -EEXIST && !done)
@@ -163,7 +162,7 @@ bool lz_helper_has_room(struct lz_worker *worker, uint64_t now)
 	return helper->running && !lz_helper_rests(worker, now) && helper->tail - helper->harvested < LZ_JOBS;
 }
 
-void lz_helper_give(struct lz_worker *worker, struct lz_task *task, const struct lz_run *run)
+void lz_helper_give(struct lz_worker *worker, struct lz_task *task, const struct lz_run *run, uint32_t copy_pages)
 {
 	struct lz_helper *helper = &worker->helper;
 
@@ -172,6 +171,7 @@ void lz_helper_give(struct lz_worker *worker, struct lz_task *task, const struct
 		.start = run->start,
 		.offset = run->offset,
 		.pages = (uint32_t)run->pages,
+		.copy_pages = copy_pages,
 		.uffd = task->uffd,
 		.source = run->source,
 	};
@@ -278,7 +278,7 @@ static void stop_copies(struct lz_helper *helper)
 static void allow_copies(struct lz_helper *helper)
 {
 	__atomic_store_n(&helper->wanted, 0, __ATOMIC_SEQ_CST);
-	if (helper->head != helper->tail)
+	if (__atomic_load_n(&helper->head, __ATOMIC_RELAXED) != helper->tail)
 		post(helper);
 }
 

@@ -32,14 +32,7 @@ struct lz_run;
 struct lz_task;
 struct lz_worker;
 
-/* When a source was last seen to be as long as it has to be. */
-struct lz_checked {
-	uint64_t ns;
-	uint64_t bytes;
-	uint32_t source;
-};
-
-#define LZ_JOBS 4U
+#define LZ_JOBS 16U
 #define LZ_JOB_PAGES 64U
 
 struct lz_job {
@@ -47,6 +40,7 @@ struct lz_job {
 	uint64_t start;       /* run address */
 	uint64_t offset;      /* bytes into the source */
 	uint32_t pages;
+	uint32_t copy_pages; /* in one copy */
 	uint32_t done_pages;
 	int uffd;
 	uint16_t source;
@@ -67,8 +61,7 @@ struct lz_helper {
 	uint32_t sleeping; /* atomic */
 	uint32_t depth;    /* of lz_helper_hold in the worker */
 	uint64_t rest_length_ns;
-	uint64_t rest_ns; /* no jobs for it before then */
-	struct lz_checked checked;
+	uint64_t rest_ns;   /* no jobs for it before then */
 	uint32_t head;      /* atomic: first job that is not finished */
 	uint32_t tail;      /* atomic: end of the jobs */
 	uint32_t harvested; /* jobs before it have been accounted for */
@@ -80,8 +73,9 @@ void lz_helper_start(struct lz_worker *worker);
 void lz_helper_stop(struct lz_worker *worker);
 /* Whether it would take a job now. */
 bool lz_helper_has_room(struct lz_worker *worker, uint64_t now);
-/* Hand over a run of missing dumped pages, at most LZ_JOB_PAGES; they are LZ_ASKED from then on. */
-void lz_helper_give(struct lz_worker *worker, struct lz_task *task, const struct lz_run *run);
+/* Hand over a run of missing dumped pages, at most LZ_JOB_PAGES; they are LZ_ASKED from then on. A fault may have
+ * to wait for copy_pages of it. */
+void lz_helper_give(struct lz_worker *worker, struct lz_task *task, const struct lz_run *run, uint32_t copy_pages);
 /* Account for the jobs that are finished. */
 void lz_helper_harvest(struct lz_worker *worker);
 /* Whether it has been found without a processor of its own lately. */

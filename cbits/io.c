@@ -11,6 +11,9 @@
 #define MADV_POPULATE_READ 22
 #endif
 
+#define MAP_BLOCK (2ULL << 20)
+#define MAPPED_BYTES (4ULL << 30) /* 8 MiB of page tables */
+
 void lz_io_init(struct lz_io *io, struct lz_engine *engine)
 {
 	io->engine = engine;
@@ -34,6 +37,41 @@ static struct lz_read *next_read(struct lz_io *io)
 			best = read;
 	}
 	return best;
+}
+
+/*
+ * Map what is in memory of the pages images while nobody waits yet: a copy that finds its source unmapped takes a page
+ * fault for every 64 KiB, more where the runs of a chain are short, and mincore looks at a mapped page faster.
+ */
+static void map_resident(struct lz_io *io)
+{
+	uint64_t left = MAPPED_BYTES;
+
+	for (uint32_t i = 0; i < io->engine->sources; i++) {
+		const struct lz_source *source = &io->engine->source[i];
+
+		for (uint64_t at = 0; at < source->size && left; at += MAP_BLOCK) {
+			uint64_t length = source->size - at < MAP_BLOCK ? source->size - at : MAP_BLOCK;
+			unsigned char there[MAP_BLOCK / LZ_PAGE_SIZE];
+			uint64_t pages = (length + LZ_PAGE_SIZE - 1) / LZ_PAGE_SIZE, known = 0;
+
+			if (__atomic_load_n(&io->stopping, __ATOMIC_RELAXED))
+				return;
+			left -= length < left ? length : left;
+			if (mincore((void *)(uintptr_t)(source->map + at), length, there) < 0)
+				continue;
+			while (known < pages && there[known] & 1)
+				known++;
+			if (known == pages)
+				(void)madvise((void *)(uintptr_t)(source->map + at), length, MADV_POPULATE_READ);
+		}
+	}
+}
+
+static void *mapper_main(void *argument)
+{
+	map_resident(argument);
+	return NULL;
 }
 
 static void *reader_main(void *argument)
@@ -74,6 +112,7 @@ static void *reader_main(void *argument)
 
 int lz_io_start(struct lz_io *io)
 {
+	io->maps = !pthread_create(&io->mapper, NULL, mapper_main, io); /* without it all is as well, later */
 	for (; io->readers < LZ_READERS; io->readers++) {
 		int error = pthread_create(&io->reader[io->readers], NULL, reader_main, io);
 
@@ -86,9 +125,12 @@ int lz_io_start(struct lz_io *io)
 void lz_io_stop(struct lz_io *io)
 {
 	pthread_mutex_lock(&io->lock);
-	io->stopping = true;
+	__atomic_store_n(&io->stopping, true, __ATOMIC_RELAXED);
 	pthread_cond_broadcast(&io->changed);
 	pthread_mutex_unlock(&io->lock);
+	if (io->maps)
+		pthread_join(io->mapper, NULL);
+	io->maps = false;
 	while (io->readers)
 		pthread_join(io->reader[--io->readers], NULL);
 }

@@ -38,6 +38,8 @@ struct lz_io {
 	pthread_mutex_t lock;
 	pthread_cond_t changed;
 	pthread_t reader[LZ_READERS];
+	pthread_t mapper; /* maps what is in memory already, once */
+	bool maps;
 	uint32_t readers;
 	bool stopping;
 	uint32_t ahead_running; /* reads that are not urgent and on their way */

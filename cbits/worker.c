@@ -185,9 +185,11 @@ void *lz_worker_main(void *argument)
 	uint64_t busy_ns = 0;
 	bool worked = false;
 
-	worker->view = calloc(engine->sources + 1, sizeof(*worker->view));
-	if (!worker->view)
-		abort(); /* before any task: the keeper reports it */
+	for (int i = 0; i < 2; i++) {
+		worker->view[i] = calloc(engine->sources + 1, sizeof(*worker->view[i]));
+		if (!worker->view[i])
+			abort(); /* before any task: the keeper reports it */
+	}
 	lz_helper_start(worker);
 	while (!__atomic_load_n(&engine->stopping, __ATOMIC_ACQUIRE)) {
 		uint64_t now, faults = worker->counters->faults;
@@ -221,6 +223,7 @@ void *lz_worker_main(void *argument)
 	for (uint32_t i = 0; i < worker->tasks; i++)
 		lz_helper_recall(worker, worker->task[i]);
 	lz_helper_stop(worker);
-	free(worker->view);
+	for (int i = 0; i < 2; i++)
+		free(worker->view[i]);
 	return NULL;
 }
