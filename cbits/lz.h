@@ -382,4 +382,12 @@ uint64_t lz_latency_quantile(const struct lz_totals *totals, double share);
 int lz_uffd_open(int *through);
 /* cffi: end */
 
+/* cffi: target */
+/*
+ * Say where a part of the extended state lies in an XSAVE area that is not compacted: its number is its bit in XCR0,
+ * from 2 on. -ENOENT: this processor has no such part.
+ */
+int lz_xstate_part(uint32_t number, uint32_t *offset, uint32_t *size);
+/* cffi: end */
+
 #endif

@@ -20,10 +20,11 @@ LEVELS = [
     {"image", "wire"},
     {"units", "errors"},
 ]
-ACROSS = {("keeper", "uffd"), ("report", "uffd"), ("units", "errors")}
+ACROSS = {("dump", "report"), ("dump", "target"), ("keeper", "uffd"), ("report", "uffd"), ("units", "errors")}
 ONLY_IMPORTERS = {
     "lazyd.uffd._engine": {"uffd"},
     "lazyd.image._pagemap": {"image"},
+    "lazyd.target._target": {"target"},
     "google.protobuf": {"image"},
     "ptrace": {"target"},
     "pyroute2": {"net"},
