@@ -126,7 +126,7 @@ class Files:
         self.records: list[Record] = []
         self.terminals: list[Record] = []
         self._build_ids = build_ids
-        self._by_path: dict[tuple[str, int], int] = {}
+        self._by_path: dict[str, int] = {}
         self._terminal_numbers: dict[int, int] = {}
 
     def _add(self, kind: int, name: str, record: dict[str, Any]) -> int:
@@ -144,12 +144,11 @@ class Files:
                 record["build_id"] = struct.unpack(f"<{len(padded) // 4}I", padded)
         return self._add(_TYPE_REGULAR, "reg", record)
 
-    def add_path(self, path: str, flags: int) -> int:
+    def add_path(self, path: str) -> int:
         """Return the number of a file that nobody has a descriptor for, adding it where it is new."""
-        key = (path, flags)
-        if key not in self._by_path:
-            self._by_path[key] = self.add_regular(path, flags, 0, os.stat(path))  # noqa: PTH116  text as it is
-        return self._by_path[key]
+        if path not in self._by_path:
+            self._by_path[path] = self.add_regular(path, 0, 0, os.stat(path))  # noqa: PTH116  text as it is
+        return self._by_path[path]
 
     def add_descriptor(self, descriptor: Descriptor) -> int:
         """Add the open file of a descriptor."""
@@ -157,7 +156,7 @@ class Files:
             return self.add_regular(descriptor.path, descriptor.flags, descriptor.position, descriptor.status)
         terminal = descriptor.terminal
         assert terminal is not None, "a terminal's settings are read with it"
-        regular = self.add_path(descriptor.path, 0)
+        regular = self.add_path(descriptor.path)
         info = self._terminal_number(terminal, descriptor.status)
         record = {"tty_info_id": info, "flags": descriptor.flags, "regf_id": regular}
         return self._add(_TYPE_TERMINAL, "tty", record)
@@ -221,8 +220,11 @@ def compose(tasks: list[TaskImages], build_ids: BuildIds) -> Iterator[tuple[str,
         yield f"fdinfo-{number}.img", SmallImage.FDINFO, _descriptors(task, files)
         objects = dict.fromkeys(("vm_id", "files_id", "fs_id", "sighand_id"), number)
         yield f"ids-{pid}.img", SmallImage.IDS, [{**objects, **_NAMESPACES}]
-        cwd = os.readlink(f"/proc/{pid}/cwd")  # noqa: PTH115  the text as it is
-        place = {"cwd_id": files.add_path(cwd, 0), "root_id": files.add_path("/", 0), "umask": task.state.umask}
+        place = {
+            "cwd_id": files.add_path(task.state.working_directory),
+            "root_id": files.add_path("/"),
+            "umask": task.state.umask,
+        }
         yield f"fs-{pid}.img", SmallImage.FS, [place]
     yield "files.img", SmallImage.FILES, files.records
     if files.terminals:
@@ -408,7 +410,7 @@ def _task_core(state: TaskState, leader: ThreadState) -> Record:
         "blk_sigset": leader.signal_mask,
         "comm": state.name,
         "timers": {"real": real, "virt": virtual, "prof": profiling, "posix": _posix_timers(state)},
-        "rlimits": {"rlimits": [{"cur": _limit(soft), "max": _limit(hard)} for soft, hard in state.limits]},
+        "rlimits": {"rlimits": [{"cur": soft, "max": hard} for soft, hard in state.limits]},
         "signals_s": _queue(state.pending),
         "loginuid": state.login_uid,
         "oom_score_adj": state.oom_score_adjustment,
@@ -443,10 +445,6 @@ def _posix_timers(state: TaskState) -> list[Record]:
     return records
 
 
-def _limit(value: int) -> int:
-    return value & (1 << 64) - 1  # RLIM_INFINITY is -1 in Python
-
-
 def _action(action: SignalAction) -> Record:
     return {
         "sigaction": action.handler,
@@ -459,11 +457,10 @@ def _action(action: SignalAction) -> Record:
 
 def _mm(task: TaskImages, files: Files) -> Record:
     state = task.state
-    executable = os.readlink(f"/proc/{state.pid}/exe")  # noqa: PTH115  the text as it is
     limits = {f"mm_{name}": value for name, value in state.memory_limits._asdict().items()}
     return {
         **limits,
-        "exe_file_id": files.add_path(executable, 0),
+        "exe_file_id": files.add_path(state.executable),
         "mm_saved_auxv": state.auxiliary_vector,
         "vmas": [_vma(mapping, files) for mapping in task.mappings],
         "dumpable": state.dumpable,
@@ -483,7 +480,7 @@ def _vma(mapping: Mapping, files: Files) -> Record:
         "fd": -1,
     }
     if mapping.file is not None:
-        record["shmid"] = files.add_path(mapping.file.path, mapping.file.open_flags)
+        record["shmid"] = files.add_path(mapping.file.path)
         record["fdflags"] = mapping.file.open_flags
     if mapping.advice:
         record["madv"] = mapping.advice

@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import resource
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +37,7 @@ _SIGNALS = [number for number in range(1, 65) if number not in (9, 19)]  # those
 _SIGACTION_BYTES = 32
 _SCHED_DEADLINE = 6
 _USER_CODE_64 = 0x33
+_UNLIMITED = (1 << 64) - 1  # RLIM_INFINITY
 
 
 class SignalAction(NamedTuple):
@@ -138,6 +138,8 @@ class TaskState(NamedTuple):
     is_child_subreaper: bool
     membarrier_registrations: int
     umask: int
+    working_directory: str
+    executable: str
     auxiliary_vector: list[int]
     memory_limits: MemoryLimits
     dumpable: int
@@ -213,11 +215,13 @@ def read_state(task: StoppedTask) -> TaskState:
         actions=answers.actions,
         interval_timers=(answers.interval_timers[0], answers.interval_timers[1], answers.interval_timers[2]),
         posix_timers=answers.posix_timers,
-        limits=[resource.prlimit(pid, number) for number in range(16)],
+        limits=_read_limits(pid),
         login_uid=_read_number(pid, "loginuid", 0xFFFFFFFF),
         oom_score_adjustment=_read_number(pid, "oom_score_adj", 0),
         is_child_subreaper=answers.is_child_subreaper,
         membarrier_registrations=answers.membarrier_registrations,
+        working_directory=os.readlink(f"/proc/{pid}/cwd"),  # noqa: PTH115  the text as it is
+        executable=os.readlink(f"/proc/{pid}/exe"),  # noqa: PTH115  the same
         umask=int(status["Umask"], 8),
         auxiliary_vector=_read_auxiliary_vector(pid),
         memory_limits=_memory_limits(stat, answers.brk),
@@ -237,6 +241,15 @@ def _read_number(pid: int, name: str, default: int) -> int:
         return int(Path(f"/proc/{pid}/{name}").read_text())
     except FileNotFoundError:
         return default  # a kernel without audit
+
+
+def _read_limits(pid: int) -> list[tuple[int, int]]:
+    """Return the limits by their number; prlimit(2) would need CAP_SYS_RESOURCE for a task of another user."""
+    found = []
+    for line in Path(f"/proc/{pid}/limits").read_text().splitlines()[1:]:
+        soft, hard = (_UNLIMITED if word == "unlimited" else int(word) for word in line[26:].split()[:2])
+        found.append((soft, hard))
+    return found
 
 
 def _read_auxiliary_vector(pid: int) -> list[int]:
