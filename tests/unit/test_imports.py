@@ -24,6 +24,7 @@ ACROSS = {("keeper", "uffd"), ("report", "uffd"), ("units", "errors")}
 ONLY_IMPORTERS = {
     "lazyd.uffd._engine": {"uffd"},
     "lazyd.image._pagemap": {"image"},
+    "lazyd.dump._memory": {"dump"},
     "google.protobuf": {"image"},
     "ptrace": {"target"},
     "pyroute2": {"net"},
