@@ -37,6 +37,14 @@
 #define PE_PRESENT 4U
 #define PS_ADD_F 6U
 
+int lz_reserve(int fd, uint64_t bytes)
+{
+	while (fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, (off_t)bytes) < 0)
+		if (errno != EINTR)
+			return -errno;
+	return 0;
+}
+
 struct source {
 	int pid; /* 0: it is a file */
 	int fd;  /* the file, or /proc/PID/mem; -1: could not be opened */
@@ -85,6 +93,10 @@ static int read_piece(const struct source *source, uint8_t *to, uint64_t from, u
 		ssize_t got = pread(source->fd, to, bytes, (off_t)from);
 		if (got < 0 && errno == EINTR)
 			continue;
+		if (got == 0 && !source->pid && bytes < LZ_PAGE_SIZE) {
+			memset(to, 0, bytes); /* the last page of a file that ends inside it */
+			return 0;
+		}
 		if (got <= 0)
 			return fail_reading(state, from, got < 0 ? errno : EIO);
 		to += got;

@@ -292,6 +292,13 @@ def scan_file(fd: int, size: int, pipe: PagePipe) -> None:
         raise OSError(-result, os.strerror(-result))
 
 
+def reserve_blocks(fd: int, length: int) -> None:
+    """Reserve blocks for a file that is to become this long, without a size yet; OSError if they cannot be had."""
+    result = lib.lz_reserve(fd, length)
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+
+
 class Source(NamedTuple):
     """Where bytes come from: a task by its pid, or (pid 0) a file by its descriptor."""
 

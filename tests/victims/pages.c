@@ -115,7 +115,7 @@ static long protect(void)
 static long kernel_write(void)
 {
 	int fd = open("/dev/zero", O_RDONLY);
-	ssize_t got = read(fd, address(0), number[1]);
+	long got = done((int)read(fd, address(0), number[1]));
 
 	close(fd);
 	return got;
