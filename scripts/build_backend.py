@@ -26,6 +26,7 @@ MODULES = {
     "_pagemap": ("lazyd.image._pagemap", "pagemap"),
     "_engine": ("lazyd.uffd._engine", "engine"),
     "_target": ("lazyd.target._target", "target"),
+    "_memory": ("lazyd.dump._memory", "memory"),
 }
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Dump tasks into images."""
+"""Dumping: from a stopped task to images, or to a page server."""

@@ -25,6 +25,7 @@ ONLY_IMPORTERS = {
     "lazyd.uffd._engine": {"uffd"},
     "lazyd.image._pagemap": {"image"},
     "lazyd.target._target": {"target"},
+    "lazyd.dump._memory": {"dump"},
     "google.protobuf": {"image"},
     "ptrace": {"target"},
     "pyroute2": {"net"},
