@@ -15,6 +15,7 @@ both; tests/criu/test_small_images.py holds the two to it, field by field:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -76,6 +77,12 @@ class BuildIds:
 
     def __init__(self) -> None:
         self._found: dict[tuple[int, int, int, int], bytes] = {}
+
+    def warm_up(self, paths: Iterable[str]) -> None:
+        """Read what will be asked for."""
+        for path in set(paths):
+            with contextlib.suppress(OSError):
+                self.of(path, os.stat(path))  # noqa: PTH116  text as it is
 
     def of(self, path: str, status: os.stat_result) -> bytes:
         """Return the build id of a file; empty if it has none or is no ELF file."""

@@ -20,7 +20,8 @@ from typing import NamedTuple
 # mmap(2), asm-generic.
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS = 0x01, 0x02, 0x20
-_FLAGS = {b"gd": 0x100, b"lo": 0x2000, b"nr": 0x4000}  # MAP_GROWSDOWN, MAP_LOCKED, MAP_NORESERVE
+MAP_GROWSDOWN, MAP_LOCKED, MAP_NORESERVE = 0x100, 0x2000, 0x4000
+_FLAGS = {b"gd": MAP_GROWSDOWN, b"lo": MAP_LOCKED, b"nr": MAP_NORESERVE}
 # madvise(2); images keep one bit a number.
 _ADVICE = {b"rr": 1, b"sr": 2, b"dc": 10, b"mg": 12, b"hg": 14, b"nh": 15, b"dd": 16, b"wf": 18}
 _DEVICE_ZERO = os.makedev(1, 5)

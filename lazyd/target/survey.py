@@ -74,6 +74,18 @@ def _task_flags(tid: int) -> int:
     return 0
 
 
+def started_at(pid: int) -> int:
+    """Return when a process was started, in microseconds since the machine was; DumpError if it has ended.
+
+    proc(5), stat: field 22, in clock ticks.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        raise DumpError(f"process {pid} has ended") from None
+    return int(text[text.rindex(")") + 2 :].split()[22 - 3]) * 1_000_000 // os.sysconf("SC_CLK_TCK")
+
+
 class Survey:
     """Look at one task, as often as wanted."""
 

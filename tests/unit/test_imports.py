@@ -14,7 +14,7 @@ ROOT = Path(lazyd.__file__).parent
 LEVELS = [
     {"__main__"},
     {"cli"},
-    {"daemon"},
+    {"cli_dump", "daemon"},
     {"session"},
     {"keeper", "uffd", "source", "target", "dump", "report", "restore_socket", "net"},
     {"image", "wire"},
