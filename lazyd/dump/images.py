@@ -144,7 +144,8 @@ class Files:
     def add_regular(self, path: str, flags: int, position: int, status: os.stat_result) -> int:
         """Add an open file."""
         record: dict[str, Any] = {"flags": flags, "pos": position, "name": path, "mode": status.st_mode}
-        if stat.S_ISREG(status.st_mode):
+        # A restore refuses a file of another size. What is only written, such as a log, may have grown.
+        if stat.S_ISREG(status.st_mode) and flags & os.O_ACCMODE != os.O_WRONLY:
             record["size"] = status.st_size
             if build_id := self._build_ids.of(path, status):
                 padded = build_id + bytes(-len(build_id) % 4)

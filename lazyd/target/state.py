@@ -378,7 +378,7 @@ def _list_posix_timers(pid: int) -> list[PosixTimer]:
         )
     if len(found) != text.count("ID: ") - text.count("ClockID: "):
         raise DumpError(f"process {pid} has a timer that is not understood: {text.splitlines()}")
-    return found
+    return sorted(found)
 
 
 def _read_thread(pid: int, thread: Thread, answers: _Answers) -> ThreadState:

@@ -41,54 +41,6 @@ KINDS = [
 SYS_GETTID, SYS_GETPID, SYS_DUP, SYS_CLOSE, SYS_UNAME, SYS_GETPPID = 186, 39, 32, 3, 63, 110
 
 
-@pytest.fixture(scope="session")
-def steady(tmp_path_factory):
-    """The compiled victim."""
-    target = tmp_path_factory.mktemp("steady") / "steady"
-    words = ["gcc", "-std=gnu11", "-O2", "-g", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-pthread"]
-    subprocess.run([*words, "-o", str(target), str(ROOT / "tests/victims/steady.c")], check=True)
-    return target
-
-
-class Victim:
-    """A running steady."""
-
-    def __init__(self, program, state, kinds):
-        state.mkdir(parents=True, exist_ok=True)
-        null = subprocess.DEVNULL
-        self.state = state
-        command = [str(program), str(state), *kinds]
-        self.process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True, cwd="/")
-        self.pid = self.process.pid
-        wait_until((state / "ready").exists, "the victim")
-
-    def finish(self):
-        """Tell it to end; return what it found."""
-        (self.state / "go").touch()
-        self.process.wait(60)
-        return (self.state / "result").read_text()
-
-    def close(self):
-        """End it and its children, whatever it does."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-@pytest.fixture
-def start(steady, tmp_path):
-    """Start victims that are gone when the test is over."""
-    victims = []
-
-    def start(*kinds):
-        victims.append(Victim(steady, tmp_path / f"state{len(victims)}", kinds))
-        return victims[-1]
-
-    yield start
-    for victim in victims:
-        victim.close()
-
-
 def layout(pid):
     """What must be as before: mappings by address and protection, descriptors, signal dispositions, tracer."""
     maps = [line.split()[:2] for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
