@@ -7,6 +7,8 @@ are read back by a reader of the tests' own.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import shutil
 from pathlib import Path
@@ -262,6 +264,7 @@ def test_auto_dedup_frees_what_is_replaced_and_breaks_nothing(victim, tmp_path):
     for level in range(8):
         for _ in range(8):
             model.step()
+            model.write()
         path, parent = tmp_path / str(level), tmp_path / str(level - 1) if level else None
         areas = victim.areas(BASE, pv.TOP)
         written += dump(victim, path, areas, parent=parent, form=form, track=True, punched=punched).bytes
@@ -269,11 +272,21 @@ def test_auto_dedup_frees_what_is_replaced_and_breaks_nothing(victim, tmp_path):
         assert model.restored(read_back(path, name, form)) == model.expected()
         assert not verify(path, "booleans")
         assert allocated(tmp_path) == written - sum(punched)
-    assert sum(punched) > 100 * PAGE
+    assert sum(punched) > 50 * PAGE
 
 
 def allocated(folder: Path) -> int:
-    return sum(path.stat().st_blocks * 512 for path in folder.glob("*/pages-*.img"))
+    """How many bytes the pages images hold, by the kernel's word for data and holes."""
+    total = 0
+    for path in folder.glob("*/pages-*.img"):
+        with path.open("rb") as pages:
+            at, end = 0, path.stat().st_size
+            with contextlib.suppress(OSError):  # ENXIO: no data from here on
+                while at < end:
+                    data = os.lseek(pages.fileno(), at, os.SEEK_DATA)
+                    at = os.lseek(pages.fileno(), data, os.SEEK_HOLE)
+                    total += at - data
+    return total
 
 
 def test_without_a_tracker_all_is_dumped_again(victim, tmp_path):
