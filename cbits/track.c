@@ -243,7 +243,7 @@ int64_t lz_track_arm(struct lz_scanner *scanner, int track, int uffd, int pid, s
 		uint64_t start = last ? LZ_USER_END : areas[i].start;
 		/* What this dump has not looked at, the next one must not find clean. EINVAL: nothing is mapped there.
 		 */
-		if (end < start && unregister(uffd, end, start) < 0 && errno == ESRCH)
+		if (end < start && unregister(uffd, end, start) == -ESRCH)
 			return -ESRCH;
 		if (last)
 			break;

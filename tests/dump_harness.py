@@ -47,14 +47,17 @@ def dump(
     parent: Path | None = None,
     form: PagemapFormat | None = None,
     track: bool = False,
-    auto_dedup: bool = False,
+    punched: list[int] | None = None,
     while_stopped=None,
 ) -> MemoryCounts:
-    """Dump the victim as `lazyd dump --leave-running`, or (track) `lazyd pre-dump`; it is stopped meanwhile."""
+    """Dump the victim as `lazyd dump --leave-running`, or (track) `lazyd pre-dump`; it is stopped meanwhile.
+
+    punched: dedup, and tell there how many bytes were freed.
+    """
     tracker = tracker_for(victim, parent, to_track=track)
     try:
         with ImagesWriter(path, parent=parent) as writer:
-            images = LocalImages(writer, form, auto_dedup=auto_dedup)
+            images = LocalImages(writer, form, auto_dedup=punched is not None)
             memory = MemoryDump(images)
             memory.prepare(victim.pid, is_incremental=parent is not None)
             victim.stop()
@@ -69,8 +72,8 @@ def dump(
             counts = memory.finish()
             write_small_images(writer, path.with_name(path.name + ".small"), victim.pid, areas)
             writer.publish()
-            if auto_dedup:
-                images.punch_parents()
+            if punched is not None:
+                punched.append(images.punch_parents())
         if track and tracker is not None:
             assert tracker.leave(path, f"pagemap-{victim.pid}.img")
     finally:
@@ -79,8 +82,16 @@ def dump(
     return counts
 
 
-def read_back(directory: Path, name: str, form: PagemapFormat) -> dict[int, bytes]:
-    """All pages that a chain of images has under a pagemap's name, entry by entry, page by page."""
+def read_back(
+    directory: Path, name: str, form: PagemapFormat, known: dict[Path, dict[int, bytes]] | None = None
+) -> dict[int, bytes]:
+    """All pages that a chain of images has under a pagemap's name, entry by entry, page by page.
+
+    `known` is what was read before, by directory; what is read now is added.
+    """
+    known = {} if known is None else known
+    if directory in known:
+        return known[directory]
     dialect = "booleans" if form.dialect is Dialect.BOOLEANS else "flags"
     pages_id, entries = read_entries(directory / name, dialect)
     parent: dict[int, bytes] | None = None
@@ -96,9 +107,10 @@ def read_back(directory: Path, name: str, form: PagemapFormat) -> dict[int, byte
                 else:
                     assert entry.kind == "parent"
                     if parent is None:
-                        parent = read_back((directory / "parent").resolve(), name, form)
+                        parent = read_back((directory / "parent").resolve(), name, form, known)
                     found[at] = parent[at]
         assert not pages.read(1), "more pages than entries"
+    known[directory] = found
     return found
 
 
