@@ -3,7 +3,7 @@
  * lz.h: the one public header of lazyd's C core.
  *
  * The regions between `cffi:` marks are also what the Python side sees: scripts/build_backend.py feeds them to cffi
- * (common goes to both compiled modules, the others to the module they name), so that no struct or constant is typed
+ * (common goes to every compiled module, the others to the module they name), so that no struct or constant is typed
  * twice. Inside them only what cffi's parser understands: no #if, no static inline.
  *
  * Functions return >= 0 or -errno; errno is read in the one place that makes the system call; out-parameters come
@@ -380,6 +380,182 @@ uint64_t lz_latency_quantile(const struct lz_totals *totals, double share);
  * which door failed last: 1 /dev/userfaultfd, 2 the system call.
  */
 int lz_uffd_open(int *through);
+/* cffi: end */
+
+/* cffi: target */
+/*
+ * Say where a part of the extended state lies in an XSAVE area that is not compacted: its number is its bit in XCR0,
+ * from 2 on. -ENOENT: this processor has no such part.
+ */
+int lz_xstate_part(uint32_t number, uint32_t *offset, uint32_t *size);
+/* cffi: end */
+
+/* cffi: memory */
+/* What a page is to a dump. A page that is none of these is not in the pagemap image at all. */
+enum lz_page {
+	LZ_PAGE_ZERO = 1,   /* the kernel's zero page: a zero hole */
+	LZ_PAGE_PARENT = 2, /* clean since the parent was dumped: a parent hole */
+	LZ_PAGE_DUMPED = 3, /* its bytes go into the pages image */
+};
+
+/* How the pages of an area are looked at. */
+enum lz_area_kind {
+	LZ_AREA_ANON = 1,  /* what is mapped is dumped */
+	LZ_AREA_FILE = 2,  /* of what is mapped, only what differs from the file: the task's own copies */
+	LZ_AREA_WHOLE = 3, /* every page is dumped, mapped or not (the vdso) */
+};
+
+enum lz_area_flags {
+	LZ_AREA_LAZY = 1,    /* its pages may be restored lazily */
+	LZ_AREA_TRUSTED = 2, /* written pages can be told: set by lz_track_check() */
+	LZ_AREA_ARMED = 4,   /* writes are tracked from here on: set by lz_track_arm() */
+};
+
+/* A run of a task's address space to be looked at: page-aligned, inside one VMA. Lists are sorted and disjoint. */
+struct lz_area {
+	uint64_t start;
+	uint64_t end;
+	uint32_t kind;  /* enum lz_area_kind */
+	uint32_t flags; /* enum lz_area_flags */
+};
+
+/* A run of pages of one kind. */
+struct lz_page_run {
+	uint64_t start;
+	uint64_t pages;
+	uint8_t kind; /* enum lz_page */
+	uint8_t lazy;
+	uint8_t padding[6];
+};
+
+/*
+ * A page pipe: runs of pages and of holes in order of address. Neighbours are one run where they touch and are of one
+ * kind and equally lazy. Start with a zeroed one.
+ */
+struct lz_page_pipe {
+	struct lz_page_run *runs;
+	uint64_t count;
+	uint64_t capacity;
+	uint64_t scanned_pages; /* mapped pages looked at, those that are the file's own included */
+	uint64_t pages[4];      /* by enum lz_page */
+	uint64_t lazy_pages;    /* of the dumped ones */
+};
+
+/* Append pages, which lie behind all that are in the pipe. 0 or -ENOMEM. */
+int lz_pipe_add(struct lz_page_pipe *pipe, uint64_t start, uint64_t pages, int kind, int lazy);
+void lz_pipe_free(struct lz_page_pipe *pipe);
+
+/* How a task's page tables are read. Both ways give the same answer. */
+enum lz_scan_method {
+	LZ_SCAN_AUTO = 0,
+	LZ_SCAN_IOCTL = 1,   /* PAGEMAP_SCAN, Linux 6.7 */
+	LZ_SCAN_PAGEMAP = 2, /* /proc/PID/pagemap, a word a page */
+};
+
+/* By what a page is known to be clean. */
+enum lz_track {
+	LZ_TRACK_NONE = 0,
+	LZ_TRACK_UFFD = 1,       /* asynchronous write-protection by a userfaultfd of the task's mm */
+	LZ_TRACK_SOFT_DIRTY = 2, /* soft-dirty bits */
+};
+
+struct lz_scanner;
+
+/* Open a task's page tables; `method` is enum lz_scan_method. NULL and -errno in *error. */
+struct lz_scanner *lz_scanner_open(int pid, int method, int *error);
+void lz_scanner_close(struct lz_scanner *scanner);
+int lz_scanner_method(const struct lz_scanner *scanner);
+/*
+ * Classify every page of the areas and append them to the pipe: not mapped, zero, clean, else dumped; in this order.
+ * A page is clean only in an area that is LZ_AREA_TRUSTED. The task must not run. 0 or -errno.
+ */
+int lz_scan(struct lz_scanner *scanner, int track, const struct lz_area *areas, uint64_t count,
+	    struct lz_page_pipe *pipe);
+
+/* Say by what writes can be tracked on this kernel: enum lz_track, tried out on pages of our own. */
+int lz_track_method(void);
+/* Negotiate the features that tracking needs with a userfaultfd that was opened in the task's mm. 0 or -errno. */
+int lz_track_open(int uffd);
+/*
+ * Mark those areas LZ_AREA_TRUSTED whose writes `uffd` has been tracking since lz_track_arm(), and no others. The
+ * task must not run. 0 or -errno: -ESRCH if the mm of the uffd is gone (exec, exit), and nothing is trusted.
+ */
+int lz_track_check(struct lz_scanner *scanner, int track, int uffd, struct lz_area *areas, uint64_t count);
+/*
+ * Track writes from here on: after the pages have been classified, while the task still does not run. Areas that are
+ * tracked are marked LZ_AREA_ARMED; what others hold counts as written next time. Returns how many, or -errno.
+ */
+int64_t lz_track_arm(struct lz_scanner *scanner, int track, int uffd, int pid, struct lz_area *areas, uint64_t count);
+
+/* Where a copy stands, and what made it fail. May be read while the copy is being made. */
+struct lz_copy_state {
+	uint64_t copied_bytes;
+	uint64_t address; /* of the page that could not be read, if code is not 0 and writing is 0 */
+	int32_t code;     /* errno */
+	uint32_t writing; /* 1: what failed is the write to the image or socket */
+	uint32_t cancel;  /* set by anyone: give up with -ECANCELED */
+};
+
+/*
+ * Copy the dumped pages of a task into its pages image behind `out`, from byte `offset` on, with up to `threads`
+ * threads. Reads what the task itself may not read, too. 0 or -errno, then *state says what and where.
+ */
+int lz_copy_pages(int pid, const struct lz_page_pipe *pipe, int out, uint64_t offset, uint32_t threads,
+		  struct lz_copy_state *state);
+/* The same from a file (shared memory), where the runs' addresses are offsets. */
+int lz_copy_file(int in, const struct lz_page_pipe *pipe, int out, uint64_t offset, uint32_t threads,
+		 struct lz_copy_state *state);
+/* Add what a file of shared memory holds of [0, bytes) to a pipe. 0 or -errno. */
+int lz_scan_file(int fd, uint64_t bytes, struct lz_page_pipe *pipe);
+
+/* Reserve blocks for a file that is to become `bytes` long; its size stays. 0 or -errno. */
+int lz_reserve(int fd, uint64_t bytes);
+
+/* How entries are written. */
+struct lz_entry_format {
+	uint32_t dialect;    /* enum lz_dialect */
+	uint32_t wide;       /* flags: the page count in field 5, as CRIU writes it from 4.2 on */
+	uint32_t lazy_holes; /* flags: parent holes say, too, that they may be restored lazily */
+};
+
+/*
+ * Write a pagemap image to `out` from its start on. The flags dialect has no zero holes: they are left out.
+ * Returns its length in bytes or -errno.
+ */
+int64_t lz_pagemap_write(int out, uint32_t pages_id, const struct lz_page_pipe *pipe,
+			 const struct lz_entry_format *format);
+/*
+ * Check that every parent hole of the pipe is covered, over its whole length, by rows whose bytes are there (dumped or
+ * zero). 0, or -ENOENT and the first address that is not.
+ */
+int lz_pipe_check_parent(const struct lz_page_pipe *pipe, const struct lz_extent *rows, uint64_t count,
+			 uint64_t *address);
+/*
+ * Dump what would be a parent hole, but for which the parent has no bytes: for trackers that cannot prove that the
+ * parent has looked at an area. 0 or -ENOMEM.
+ */
+int lz_pipe_require_parent(struct lz_page_pipe *pipe, const struct lz_extent *rows, uint64_t count);
+/*
+ * Punch out of the parents' pages images (fds, by the rows' source) what the pipe has dumped or zero holes for.
+ * Returns the bytes punched or -errno.
+ */
+int64_t lz_pipe_punch_parent(const struct lz_page_pipe *pipe, const struct lz_extent *rows, uint64_t count,
+			     const int *fds);
+
+/* How pages go to a page server. */
+struct lz_stream_format {
+	uint64_t dst_id;
+	uint32_t header_bytes; /* 24 or 32 */
+	uint32_t zero_holes;   /* 1: send zero holes, 0: leave them out */
+	uint32_t lazy_holes;
+};
+
+/*
+ * Send every run of the pipe to a page server as ADD_F messages, those of dumped runs followed by their bytes, which
+ * come from the task `pid`, or from the file `in` if pid is 0. 0 or -errno as lz_copy_pages().
+ */
+int lz_stream_pages(int pid, int in, const struct lz_page_pipe *pipe, int out, const struct lz_stream_format *format,
+		    struct lz_copy_state *state);
 /* cffi: end */
 
 #endif

@@ -25,7 +25,9 @@ from lazyd.errors import LazydError, UsageError
 _USAGE = """\
 lazyd [lazy-pages] -D DIR [options]   serve the memory of a restore; beside `criu restore --lazy-pages`
        lazyd show DIR [--json]               say what is in a directory of images
-       lazyd verify DIR                      check a directory of images whole"""
+       lazyd verify DIR                      check a directory of images whole
+       lazyd dump --pid PID -D DIR           write images of a process (lazyd dump --help)
+       lazyd pre-dump --pid PID -D DIR       the same, while it goes on, to dump only changes later"""
 _REMOTE = (
     "page_server",
     "address",
@@ -275,8 +277,11 @@ def _lazy_pages(given: argparse.Namespace) -> int:
     return serve(options, Log(_DEFAULT_VERBOSITY if given.verbosity is None else given.verbosity))
 
 
+_DUMPING = ("dump", "pre-dump")
+
+
 class _Verb(Enum):
-    """The first word, and what it starts."""
+    """The first word, and what it starts. Those in _DUMPING have options of their own: see cli_dump."""
 
     LAZY_PAGES = "lazy-pages"
     SHOW = "show"
@@ -291,6 +296,10 @@ _VERBS: dict[_Verb, Callable[[argparse.Namespace], int]] = {
 
 
 def _run(arguments: Sequence[str]) -> int:
+    if arguments and arguments[0] in _DUMPING:
+        from lazyd.cli_dump import run  # noqa: PLC0415  see the head of this module
+
+        return run(arguments, _spell_out, _Verbosity)
     given = parse(arguments)
     if given.version:
         from lazyd.report import version  # noqa: PLC0415
@@ -301,7 +310,7 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         verb = _Verb(word)
     except ValueError:
-        known = ", ".join(verb.value for verb in _Verb)
+        known = ", ".join([*(verb.value for verb in _Verb), *_DUMPING])
         raise UsageError(f"lazyd: {word}: no such command (there are {known})") from None
     return _VERBS[verb](given)
 

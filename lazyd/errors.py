@@ -72,3 +72,7 @@ class SystemCallError(LazydError):
 
 class RestoreError(LazydError):
     """The restore ended before every task could run: the other side hung up, or a task could not be served."""
+
+
+class DumpError(LazydError):
+    """A dump that cannot be made, or was given up: the task goes on, and no images appear."""

@@ -207,7 +207,9 @@ class Progress:
 
     def _draw(self, totals: Totals, done: int) -> None:
         if self._bar is None:
-            self._bar = self._make_bar(totals)
+            self._bar = _start_bar(
+                self._log, "filling", totals.image_pages * PAGE_SIZE, ["{task.fields[faults]}"], faults=""
+            )
         bar = self._bar
         bar.update(
             bar.tasks[0].id,
@@ -218,36 +220,6 @@ class Progress:
         with contextlib.suppress(OSError):
             bar.refresh()
 
-    def _make_bar(self, totals: Totals) -> RichProgress:
-        # Imported here for the reason at the head of this module.
-        from rich.console import Console  # noqa: PLC0415
-        from rich.progress import (  # noqa: PLC0415
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TransferSpeedColumn,
-        )
-
-        bar = Progress(
-            TextColumn("filling"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TextColumn("{task.fields[faults]}"),
-            console=Console(stderr=True),
-            auto_refresh=False,
-        )
-        bar.add_task("fill", total=totals.image_pages * PAGE_SIZE, faults="")
-        bar.start()
-
-        def draw(line: str) -> None:
-            with contextlib.suppress(OSError):
-                bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-        self._log.draw = draw
-        return bar
-
     def end(self, totals: Totals) -> None:
         """Leave the bar as it is at the end."""
         self._begin = None
@@ -257,6 +229,82 @@ class Progress:
                 self._bar.stop()
             self._bar = None
             self._log.draw = None
+
+
+class CopyProgress:
+    """Progress of a copy of known length: a bar on a terminal, else a line a second, and nothing if it is short."""
+
+    def __init__(self, log: Log, show: Show) -> None:
+        self._log = log
+        self._show = show
+        self._begin: float | None = None
+        self._next = 0.0
+        self._bar: RichProgress | None = None
+
+    def update(self, done: int, total: int) -> None:
+        """Show what is to be shown by now; bytes."""
+        now = self._log.elapsed()
+        if self._show is Show.NOTHING or not total:
+            return
+        if self._begin is None:
+            self._begin = now
+            self._next = now + (DRAW_AFTER_S if self._show is Show.BAR else LINE_INTERVAL_S)
+        if now < self._next:
+            return
+        if self._show is Show.BAR:
+            self._next = now + DRAW_INTERVAL_S
+            self._draw(done, total)
+            return
+        self._next = now + LINE_INTERVAL_S
+        rate = human_bytes(done / max(now - self._begin, 1e-3))
+        self._log.info(f"copied {human_bytes(done)} of {human_bytes(total)} ({_percent(done, total)}), {rate}/s")
+
+    def _draw(self, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = _start_bar(self._log, "copying", total, [])
+        self._bar.update(self._bar.tasks[0].id, total=total, completed=done)
+        with contextlib.suppress(OSError):
+            self._bar.refresh()
+
+    def end(self) -> None:
+        """Leave the bar as it is at the end."""
+        if self._bar is not None:
+            with contextlib.suppress(OSError):
+                self._bar.stop()
+            self._bar = None
+            self._log.draw = None
+
+
+def _start_bar(log: Log, word: str, total: int, columns: Sequence[str], **fields: Any) -> RichProgress:
+    """Draw a bar of bytes, with columns of text behind it; what is logged goes above it."""
+    # Imported here for the reason at the head of this module.
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TransferSpeedColumn,
+    )
+
+    bar = Progress(
+        TextColumn(word),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        *map(TextColumn, columns),
+        console=Console(stderr=True),
+        auto_refresh=False,
+    )
+    bar.add_task(word, total=total, **fields)
+    bar.start()
+
+    def draw(line: str) -> None:
+        with contextlib.suppress(OSError):
+            bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    log.draw = draw
+    return bar
 
 
 class Moments(NamedTuple):

@@ -22,7 +22,12 @@ from setuptools.build_meta import (  # noqa: F401  the hooks that need nothing g
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = ROOT / "cbits" / "lz.h"
-MODULES = {"_pagemap": ("lazyd.image._pagemap", "pagemap"), "_engine": ("lazyd.uffd._engine", "engine")}
+MODULES = {
+    "_pagemap": ("lazyd.image._pagemap", "pagemap"),
+    "_engine": ("lazyd.uffd._engine", "engine"),
+    "_target": ("lazyd.target._target", "target"),
+    "_memory": ("lazyd.dump._memory", "memory"),
+}
 
 
 def header_regions(which: str) -> str:

@@ -172,6 +172,15 @@ class ImagesDirectory:
             reason = f"images of version {version}, of which nothing is known here (known: {known})"
             raise ImageError(self.path / name, reason, offset=record.offset)
 
+    def read_dump_uptime(self) -> int:
+        """Return when the images were dumped, in microseconds since the machine was started; 0: they do not say.
+
+        FileNotFoundError without an inventory.
+        """
+        name = "inventory.img"
+        self.check_inventory()
+        return int(self._parse(name, self._only_record(name, INVENTORY_MAGICS), _inventory.Inventory).dump_uptime)
+
     def read_pstree(self) -> list[TaskEntry]:
         """Return the tasks in the order of the image, parents before their children."""
         name = "pstree.img"

@@ -214,6 +214,16 @@ def decide_dialect(pagemaps: list[Pagemap], asked: str, *, has_parent: bool) -> 
     return Dialect.BOOLEANS, "no evidence in any entry; the directory has no parent"
 
 
+def check_dialect(pagemaps: list[Pagemap], dialect: Dialect) -> None:
+    """Raise ImageError if any of these images is not in a dialect, or would be read in another one beside it."""
+    foreign = lib.LZ_SEEN_FLAGS if dialect is Dialect.BOOLEANS else lib.LZ_SEEN_BARE | lib.LZ_SEEN_LAZY_BOOL
+    for pagemap in pagemaps:
+        if pagemap.seen & foreign:
+            other = Dialect.FLAGS if dialect is Dialect.BOOLEANS else Dialect.BOOLEANS
+            reason = f"in the {other.value} dialect: a dump on top of it must be, too (--pagemap-format {other.value})"
+            raise ImageError(pagemap.path, reason)
+
+
 def uses_field_5(pagemaps: list[Pagemap]) -> bool:
     """Say whether any entry has field 5: in the flags dialect, that it is of the 32-byte era."""
     return any(pagemap.seen & lib.LZ_SEEN_FIELD_5 for pagemap in pagemaps)

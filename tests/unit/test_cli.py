@@ -127,7 +127,7 @@ def test_rates(text, rate):
     [
         ("", "no images are named"),
         ("lazy-pages", "no images are named"),
-        ("dump -D d", "dump: no such command"),
+        ("freeze -D d", "freeze: no such command"),
         ("lazy-pages again -D d", "again: one word too many"),
         ("-D d --nonsense", "--nonsense"),
         ("-D d -W", "-W"),

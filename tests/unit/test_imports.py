@@ -14,16 +14,18 @@ ROOT = Path(lazyd.__file__).parent
 LEVELS = [
     {"__main__"},
     {"cli"},
-    {"daemon"},
+    {"cli_dump", "daemon"},
     {"session"},
     {"keeper", "uffd", "source", "target", "dump", "report", "restore_socket", "net"},
     {"image", "wire"},
     {"units", "errors"},
 ]
-ACROSS = {("keeper", "uffd"), ("report", "uffd"), ("units", "errors")}
+ACROSS = {("dump", "report"), ("dump", "target"), ("keeper", "uffd"), ("report", "uffd"), ("units", "errors")}
 ONLY_IMPORTERS = {
     "lazyd.uffd._engine": {"uffd"},
     "lazyd.image._pagemap": {"image"},
+    "lazyd.target._target": {"target"},
+    "lazyd.dump._memory": {"dump"},
     "google.protobuf": {"image"},
     "ptrace": {"target"},
     "pyroute2": {"net"},

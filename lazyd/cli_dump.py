@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""The verbs that make images: dump and pre-dump. Arguments and exit codes, as in cli."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from lazyd.errors import UsageError
+
+_USAGE = """\
+lazyd dump --pid PID -D DIR [options]      stop a process, write images of it, and kill it
+       lazyd pre-dump --pid PID -D DIR [options]  write images, let it go on, and track what it writes"""
+_DEFAULT_VERBOSITY = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Leave it to main() to say it in one line."""
+        raise UsageError(f"lazyd dump: {message} (lazyd dump --help shows the options)")
+
+
+def _make_parser(verbosity: type[argparse.Action]) -> _Parser:
+    parser = _Parser(prog="lazyd dump", usage=_USAGE, add_help=False)
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    what = parser.add_argument_group("what")
+    what.add_argument("-t", "--pid", metavar="PID", type=int, help="the process")
+    what.add_argument("--tree", action="store_true", help="its children and theirs too")
+    images = parser.add_argument_group("images")
+    images.add_argument("-D", "--images-dir", "--images", metavar="DIR", type=Path, help="where they go: new or empty")
+    images.add_argument("--parent", metavar="DIR", type=Path, help="the dump before: what has not changed stays there")
+    images.add_argument(
+        "--pagemap-format",
+        choices=("flags", "booleans"),
+        default="flags",
+        help="flags: what criu restore reads (the default); booleans: with zero holes, for lazyd",
+    )
+    images.add_argument("--auto-dedup", action="store_true", help="free in the parents what these images replace")
+    after = parser.add_argument_group("afterwards (dump kills the process, pre-dump leaves it running)")
+    after.add_argument("-R", "--leave-running", action="store_true", help="leave it running")
+    after.add_argument("-s", "--leave-stopped", action="store_true", help="leave it stopped, as by SIGSTOP")
+    after.add_argument("--track-mem", action="store_true", help="track what it writes from here on, as pre-dump does")
+    remote = parser.add_argument_group("memory to a page server")
+    remote.add_argument("--page-server", action="store_true", help="send the memory there instead of writing it")
+    remote.add_argument("--address", metavar="HOST")
+    remote.add_argument("--port", metavar="N", type=int)
+    telling = parser.add_argument_group("telling")
+    telling.add_argument("-o", "--log-file", metavar="FILE", type=Path, help="log to this file in the images' folder")
+    telling.add_argument("--stats", metavar="FILE", type=Path, help="write what was dumped as JSON")
+    telling.add_argument("-v", action=verbosity, nargs=0, dest="verbosity", help="-v1 errors … -v4 debugging (-v2)")
+    telling.add_argument("--verbosity", action=verbosity, metavar="N", help=argparse.SUPPRESS)
+    telling.add_argument("--no-progress", action="store_true", help="no bar and no progress lines")
+    telling.add_argument("-h", "--help", action="help", help="show this and exit")
+    criu = parser.add_argument_group("taken as criu takes them")
+    criu.add_argument("-j", "--shell-job", action="store_true", help="no meaning here: a terminal is always dumped")
+    return parser
+
+
+def parse(
+    arguments: Sequence[str], spell_out: Callable[[Sequence[str]], list[str]], verbosity: type[argparse.Action]
+) -> argparse.Namespace:
+    """Parse a command line whose verb is dump or pre-dump; UsageError if it makes no sense."""
+    given = _make_parser(verbosity).parse_intermixed_args(spell_out(arguments))
+    if len(given.words) != 1:
+        raise UsageError(f"lazyd: {given.words[1]}: one word too many")
+    verb = given.words[0]
+    if given.pid is None:
+        raise UsageError(f"lazyd {verb}: which process? --pid PID is needed")
+    if given.pid <= 0:
+        raise UsageError(f"lazyd {verb}: --pid {given.pid}: not a pid")
+    if given.images_dir is None:
+        raise UsageError(f"lazyd {verb}: where to? -D DIR is needed")
+    if given.leave_running and given.leave_stopped:
+        raise UsageError(f"lazyd {verb}: --leave-running and --leave-stopped: one of them")
+    if verb == "pre-dump" and given.leave_stopped:
+        raise UsageError("lazyd pre-dump: --leave-stopped: a pre-dump leaves the process running")
+    if given.track_mem and verb == "dump" and not given.leave_running:
+        raise UsageError("lazyd dump: --track-mem is for a process that is left running (--leave-running)")
+    if given.auto_dedup and given.parent is None:
+        raise UsageError(f"lazyd {verb}: --auto-dedup frees space in the parent: --parent DIR is needed")
+    if given.page_server:
+        raise UsageError(f"lazyd {verb}: --page-server is not built yet")
+    return given
+
+
+def run(
+    arguments: Sequence[str], spell_out: Callable[[Sequence[str]], list[str]], verbosity: type[argparse.Action]
+) -> int:
+    """Run dump or pre-dump."""
+    given = parse(arguments, spell_out, verbosity)
+
+    from lazyd.dump.core import PagemapFormat  # noqa: PLC0415  users of other verbs do not wait for it
+    from lazyd.dump.run import DIALECTS, After, Settings, dump, statistics, summary_lines  # noqa: PLC0415
+    from lazyd.report import Log, Show, write_statistics  # noqa: PLC0415
+
+    is_pre_dump = given.words[0] == "pre-dump"
+    after = After.KILL
+    if is_pre_dump or given.leave_running:
+        after = After.RUN
+    elif given.leave_stopped:
+        after = After.STOP
+    show = Show.LINES
+    if given.no_progress:
+        show = Show.NOTHING
+    elif sys.stderr.isatty() and given.log_file is None:
+        show = Show.BAR
+    log = Log(_DEFAULT_VERBOSITY if given.verbosity is None else given.verbosity)
+    may_hold = []
+    if given.log_file is not None:
+        with contextlib.suppress(FileExistsError):
+            given.images_dir.mkdir()
+        log.open(given.images_dir / given.log_file)
+        may_hold = [given.log_file.name]
+    settings = Settings(
+        pid=given.pid,
+        images=given.images_dir,
+        parent=given.parent,
+        with_children=given.tree,
+        after=after,
+        is_tracking=is_pre_dump or given.track_mem,
+        form=PagemapFormat(DIALECTS[given.pagemap_format]),
+        auto_dedup=given.auto_dedup,
+        may_hold=may_hold,
+        show=show,
+    )
+    dumped = dump(settings, log)
+    for line in summary_lines(dumped):
+        log.message(line)
+    if given.stats is not None:
+        write_statistics(given.stats, statistics(dumped))
+    return 0

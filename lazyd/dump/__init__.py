@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Dumping: from a stopped task to images, or to a page server."""

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: MIT
+"""One dump, from its settings to the images under their name.
+
+The order is made for the task: all that may fail or take its time is done while it runs, or when it runs again.
+
+1. While it runs: what it has beyond a plain task is listed and refused, the parent is loaded, the directory is made.
+2. While it is stopped: it is looked at again, its state is read, its memory is classified and copied.
+3. When it runs again (--leave-running), else while it waits: pagemaps and small images are written, and the directory
+   appears. Only then the task is killed or left stopped; a dump that fails before that leaves it running.
+
+A lazyd that is killed at any moment leaves the task running, and beside the images a hidden folder that the next dump
+to the same name removes. SIGINT and SIGTERM end a dump in the orderly way: nothing appears, and the task goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lazyd.dump import tracker
+from lazyd.dump.areas import areas_of
+from lazyd.dump.images import BuildIds, TaskImages, compose
+from lazyd.dump.memory import LocalImages, MemoryCounts, MemoryDump, PagemapFormat
+from lazyd.dump.tracker import Tracker
+from lazyd.dump.watch import Watch
+from lazyd.errors import DumpError, ImageError
+from lazyd.image.directory import ImagesDirectory
+from lazyd.image.pagemap import Dialect
+from lazyd.image.stats import DumpStats, write_stats
+from lazyd.image.writer import ImagesWriter
+from lazyd.report import Log, Show, human_seconds, version
+from lazyd.target.mappings import Mapping
+from lazyd.target.process import children, descendants
+from lazyd.target.state import TaskState, read_state
+from lazyd.target.survey import Problem, Survey, check_is_process, find_traced, refuse, started_at
+from lazyd.target.tracing import StoppedTask, thread_ids
+from lazyd.target.userfault import UFFD_USER_MODE_ONLY, open_userfaultfd
+from lazyd.units import PAGE_SIZE, human_bytes
+
+
+class After(Enum):
+    """What becomes of the task once its images are there."""
+
+    KILL = "killed"
+    STOP = "stopped"
+    RUN = "running"
+
+
+class Settings(NamedTuple):
+    """What is dumped, where to, and how."""
+
+    pid: int
+    images: Path
+    parent: Path | None = None
+    with_children: bool = False
+    after: After = After.KILL
+    is_tracking: bool = False
+    """Track writes from this dump on, for the next one on top of it."""
+    form: PagemapFormat = PagemapFormat()
+    auto_dedup: bool = False
+    may_hold: Sequence[str] = ()
+    """Names that may be in the directory: our own log."""
+    show: Show = Show.NOTHING
+
+
+class Times(NamedTuple):
+    """Seconds. stopped: from the first thread that was asked to stop until the tasks were let go or killed."""
+
+    freezing: float
+    stopped: float
+    total: float
+
+
+class Dumped(NamedTuple):
+    """What a dump has made."""
+
+    settings: Settings
+    tasks: list[TaskState]
+    counts: MemoryCounts
+    times: Times
+    punched_bytes: int
+
+
+class _Task:
+    """One of the tasks of a dump."""
+
+    def __init__(self, pid: int, known: Sequence[int], settings: Settings) -> None:
+        self.pid = pid
+        self.pagemap_name = f"pagemap-{pid}.img"
+        self._settings = settings
+        to_track = settings.is_tracking
+        self.tracker: Tracker | None = tracker.take(pid, settings.parent, self.pagemap_name, to_track=to_track)
+        self.survey = Survey(pid, tasks=known, has_tracker=self.tracker is not None)
+        self.stopped: StoppedTask | None = None
+        self.images: TaskImages | None = None
+
+    def look(self) -> tuple[list[Mapping], list[Problem]]:
+        """Look at it, running or stopped."""
+        look = self.survey.look()
+        self._look = look
+        return look.mappings, look.problems
+
+    def stop(self) -> None:
+        """Stop it."""
+        self.stopped = StoppedTask(self.pid)
+
+    def dump(self, memory: MemoryDump) -> None:
+        """Read its state and dump its memory; it is stopped."""
+        assert self.stopped is not None
+        state = read_state(self.stopped)
+        self.images = TaskImages(state, self._look.mappings, self._look.descriptors)
+        if self._settings.is_tracking and self.tracker is None:
+            needs_uffd = tracker.needs_uffd()
+            uffd = open_userfaultfd(self.stopped, UFFD_USER_MODE_ONLY) if needs_uffd else -1
+            self.tracker = Tracker.start(self.pid, uffd)
+        areas = areas_of(self._look.mappings, [thread.registers.sp for thread in state.threads])
+        memory.dump(self.pid, areas, tracker=self.tracker, keep_tracking=self._settings.is_tracking)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal, while it is stopped and held."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def release(self) -> None:
+        """Let it go, or see it end; a second call does nothing."""
+        if self.stopped is not None:
+            self.stopped.release()
+
+    def close(self) -> None:
+        """Let it go and forget what tracks it, unless that was left to somebody."""
+        self.release()
+        if self.tracker is not None:
+            self.tracker.close()
+
+
+def dump(settings: Settings, log: Log) -> Dumped:
+    """Make one dump; LazydError in one line if it cannot be made, and then the tasks run on as they did."""
+    begun = time.monotonic()
+    check_is_process(settings.pid)
+    if settings.is_tracking:
+        tracker.needs_uffd()  # says so if this kernel tracks nothing
+    pids = [settings.pid, *(descendants(settings.pid) if settings.with_children else ())]
+    if settings.parent is not None:
+        _check_parent(settings.parent, pids)
+    tasks: list[_Task] = []
+    try:
+        for pid in pids:
+            check_is_process(pid)
+            tasks.append(_Task(pid, pids, settings))
+        return _dump_tasks(settings, tasks, log, begun)
+    except ProcessLookupError as error:
+        raise DumpError(f"process {settings.pid} was killed while it was dumped: {error.strerror}") from error
+    finally:
+        for task in tasks:
+            task.close()
+
+
+def _dump_tasks(settings: Settings, tasks: list[_Task], log: Log, begun: float) -> Dumped:
+    build_ids = BuildIds()
+    problems = find_traced(tid for task in tasks for tid in thread_ids(task.pid))
+    for task in tasks:
+        mappings, found = task.look()
+        problems += found
+        build_ids.warm_up(mapping.file.path for mapping in mappings if mapping.file is not None)
+    refuse(settings.pid, problems)
+    with ImagesWriter(settings.images, parent=settings.parent, may_hold=settings.may_hold) as writer:
+        destination = LocalImages(writer, settings.form, auto_dedup=settings.auto_dedup)
+        memory = MemoryDump(destination)
+        try:
+            for task in tasks:
+                is_incremental = task.tracker is not None and task.tracker.has_baseline
+                memory.prepare(task.pid, is_incremental=is_incremental)
+            return _dump_stopped(settings, tasks, log, begun, writer, destination, memory, build_ids)
+        finally:
+            memory.close()
+
+
+def _dump_stopped(  # noqa: PLR0917  one dump's parts, made one by one by its callers
+    settings: Settings,
+    tasks: list[_Task],
+    log: Log,
+    begun: float,
+    writer: ImagesWriter,
+    destination: LocalImages,
+    memory: MemoryDump,
+    build_ids: BuildIds,
+) -> Dumped:
+    with Watch(log, memory, settings.show) as watch:
+        stopping = time.monotonic()
+        _stop_all(tasks, settings)
+        stopped = time.monotonic()
+        problems = [problem for task in tasks for problem in task.look()[1]]
+        refuse(settings.pid, problems)
+        for task in tasks:
+            task.dump(memory)
+        memory.dump_shared()
+        watch.check()
+        if settings.after is After.RUN:
+            for task in tasks:
+                task.release()
+        frozen = time.monotonic() - stopped
+        counts = memory.finish()
+        images = [task.images for task in tasks if task.images is not None]
+        try:
+            for name, kind, records in compose(images, build_ids):
+                writer.write_small(name, kind.magics, kind.encode(records))
+        except FileNotFoundError as error:
+            raise DumpError(f"{error.filename}: in use by the task, but it is gone") from error
+        write_stats(writer, _stats(counts, stopped - stopping, frozen), settings.form.dialect)
+        watch.check()
+        writer.publish()
+    # The images are there. Whatever fails from here on does not take them away.
+    if settings.after is not After.RUN:
+        for task in tasks:
+            task.send(signal.SIGKILL if settings.after is After.KILL else signal.SIGSTOP)
+        frozen = time.monotonic() - stopped
+        for task in tasks:
+            task.release()
+    punched = destination.punch_parents() if settings.auto_dedup else 0
+    if settings.is_tracking:
+        for task in tasks:
+            if task.tracker is None or not task.tracker.leave(writer.path, task.pagemap_name):
+                log.warning(f"writes of process {task.pid} are not tracked: the next dump will be a full one")
+    times = Times(stopped - stopping, stopped - stopping + frozen, time.monotonic() - begun)
+    return Dumped(settings, [image.state for image in images], counts, times, punched)
+
+
+def _stop_all(tasks: list[_Task], settings: Settings) -> None:
+    """Stop all tasks, parents first; a child that was born meanwhile is not one of them."""
+    known = {task.pid for task in tasks}
+    for task in tasks:
+        task.stop()
+    for task in tasks:
+        if new := [child for child in children(task.pid) if child not in known]:
+            if settings.with_children:
+                raise DumpError(f"process {task.pid} has just started process {new[0]}; try again")
+            raise DumpError(f"process {task.pid} has just started process {new[0]}; --tree dumps it too")
+
+
+def _stats(counts: MemoryCounts, freezing: float, frozen: float) -> DumpStats:
+    return DumpStats(
+        freezing=freezing,
+        frozen=frozen,
+        memdump=counts.scan_time + counts.copy_time,
+        memwrite=counts.copy_time,
+        pages_scanned=counts.scanned,
+        pages_skipped_parent=counts.parent,
+        pages_written=counts.dumped,
+        pages_zero=counts.zero,
+        pages_lazy=counts.lazy,
+    )
+
+
+def _check_parent(path: Path, pids: Sequence[int]) -> None:
+    """See that a parent is complete and of these very tasks."""
+    try:
+        directory = ImagesDirectory.open(path)
+    except ImageError as error:
+        raise DumpError(f"{error.path}: {error.reason}; --parent names the images of the dump before") from None
+    try:
+        try:
+            uptime = directory.read_dump_uptime()
+        except FileNotFoundError:
+            raise DumpError(f"{path}: no inventory.img in it: no complete images of a dump") from None
+        names = {f"pagemap-{pid}.img" for pid in pids[:1]}
+        if missing := [name for name in names if not (path / name).exists()]:
+            raise DumpError(f"{path}: images of another task: no {missing[0]} in it")
+        if uptime and started_at(pids[0]) > uptime:
+            raise DumpError(f"{path}: images of another task: process {pids[0]} was started after that dump")
+    finally:
+        directory.close()
+
+
+def statistics(dumped: Dumped) -> dict[str, Any]:
+    """Return what a dump was, as JSON can hold it: bytes and pages as numbers, times in seconds."""
+    counts, times, settings = dumped.counts, dumped.times, dumped.settings
+    return {
+        "version": version(),
+        "images": str(settings.images),
+        "parent": str(settings.parent) if settings.parent else None,
+        "format": settings.form.dialect.value,
+        "after": settings.after.value,
+        "tasks": [{"pid": state.pid, "name": state.name, "threads": len(state.threads)} for state in dumped.tasks],
+        "pages": {
+            "scanned": counts.scanned,
+            "dumped": counts.dumped,
+            "zero": counts.zero,
+            "parent": counts.parent,
+            "lazy": counts.lazy,
+            "shared": counts.shared_dumped,
+        },
+        "bytes": counts.bytes,
+        "bytes_punched": dumped.punched_bytes,
+        "tracked_areas": counts.tracked_areas,
+        "seconds": {
+            "freezing": times.freezing,
+            "stopped": times.stopped,
+            "scan": counts.scan_time,
+            "copy": counts.copy_time,
+            "total": times.total,
+        },
+    }
+
+
+def summary_lines(dumped: Dumped) -> list[str]:
+    """Return the same for people."""
+    counts, times = dumped.counts, dumped.times
+    names = ", ".join(f"{state.pid} ({state.name})" for state in dumped.tasks)
+    threads = sum(len(state.threads) for state in dumped.tasks)
+    kinds = {"dumped": counts.dumped, "zero": counts.zero, "in the parent": counts.parent}
+    parts = [f"{word} {pages} ({human_bytes(pages * PAGE_SIZE)})" for word, pages in kinds.items() if pages]
+    if counts.shared_dumped:
+        parts.append(f"of shared memory {counts.shared_dumped} ({human_bytes(counts.shared_dumped * PAGE_SIZE)})")
+    rate = counts.bytes / counts.copy_time if counts.copy_time else 0.0
+    lines = [
+        f"process {names}: {threads} threads, now {dumped.settings.after.value}",
+        f"pages: {counts.scanned} scanned; " + (", ".join(parts) or "none to dump"),
+        f"stopped for {human_seconds(times.stopped)}: freezing {human_seconds(times.freezing)},"
+        f" scan {human_seconds(counts.scan_time)},"
+        f" copy {human_seconds(counts.copy_time)} ({human_bytes(counts.bytes)}, {human_bytes(rate)}/s)",
+    ]
+    if dumped.punched_bytes:
+        lines.append(f"parents: {human_bytes(dumped.punched_bytes)} freed")
+    lines.append(f"images in {dumped.settings.images} after {human_seconds(times.total)}")
+    return lines
+
+
+DIALECTS = {"flags": Dialect.FLAGS, "booleans": Dialect.BOOLEANS}

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: MIT
+"""What is known of a task's writes between two dumps, and who keeps it meanwhile.
+
+A tracker says which pages are clean since one dump, the one whose images it is bound to; on top of other images it
+knows nothing. cbits/track.c has the facts of the tracking itself. What is added here is the proof that the two belong
+together: the task is the same process (its start time), runs the same program (exec makes new memory), and the images
+are the same file (inode, size, time of last change) that the tracker's dump has published.
+
+Whatever cannot be proven is not known: then the next dump takes every page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from lazyd.dump import holder
+from lazyd.dump.core import AreaList, Scanner, Track, open_tracking, track_method
+from lazyd.errors import DumpError, SystemCallError
+
+_ANSWER_MAX = 64 << 10
+_TIMEOUT_S = 10.0
+
+
+def needs_uffd() -> bool:
+    """Say whether a tracker needs a userfaultfd from inside the task; DumpError if this kernel tracks no writes."""
+    track = track_method()
+    if track is Track.NONE:
+        reason = "needs userfaultfd's asynchronous write-protection (Linux 6.7) or soft-dirty bits"
+        raise DumpError(f"this kernel cannot say which pages a task writes: a pre-dump {reason}")
+    return track is Track.UFFD
+
+
+class Tracker:
+    """What tracks the writes of one task. It owns its userfaultfd until close() or leave()."""
+
+    def __init__(self, pid: int, track: Track, uffd: int, *, has_baseline: bool, is_borrowed: bool = False) -> None:
+        self.pid = pid
+        self.track = track
+        self.has_baseline = has_baseline
+        """Say whether it has tracked since the dump that the next one is made on top of."""
+        self._uffd = uffd
+        self._is_borrowed = is_borrowed
+
+    @classmethod
+    def start(cls, pid: int, uffd: int = -1) -> Tracker:
+        """Start anew. `uffd` was opened in the task if needs_uffd(), and is owned from here on, also on errors.
+
+        Open it with UFFD_USER_MODE_ONLY, which any task may: tracking never stops the kernel's own writes.
+        """
+        if not needs_uffd():
+            if uffd >= 0:
+                os.close(uffd)
+            return cls(pid, Track.SOFT_DIRTY, -1, has_baseline=False)
+        try:
+            open_tracking(uffd)
+        except OSError as error:
+            os.close(uffd)
+            raise SystemCallError("UFFDIO_API", error.errno or 0) from error
+        return cls(pid, Track.UFFD, uffd, has_baseline=False)
+
+    def check(self, scanner: Scanner, areas: AreaList) -> bool:
+        """Find out which areas can be trusted; False if none, because nothing has been tracked."""
+        return self.has_baseline and scanner.check_trust(areas, self.track, self._uffd)
+
+    def arm(self, scanner: Scanner, areas: AreaList) -> int:
+        """Track from here on; return in how many areas. 0 if the tracking is lost: the next dump is a full one."""
+        assert not self._is_borrowed, "whoever holds it would go on to believe what it knows"
+        self.has_baseline = False
+        try:
+            armed = scanner.arm(areas, self.track, self._uffd)
+        except OSError:
+            self.close()
+            return 0
+        self.has_baseline = True
+        return armed
+
+    def leave(self, images: Path, pagemap_name: str) -> bool:
+        """Leave the tracking to a process of its own, bound to published images; False if there is none to leave.
+
+        The process ends with its task, or when a dump takes over.
+        """
+        if not self.has_baseline:
+            self.close()
+            return False
+        binding = {
+            "process": _identity(self.pid),
+            "image": _identity_of_file(images, pagemap_name),
+            "track": self.track,
+        }
+        path = _socket_path(self.pid)
+        pidfd = os.pidfd_open(self.pid)
+        listener = _listen(path)
+        try:
+            fds = [listener.fileno(), pidfd, self._uffd]
+            # Not by -m: that would import all of lazyd.
+            words = [sys.executable, "-I", "-S", holder.__file__, json.dumps(binding), str(path), *map(str, fds)]
+            null = subprocess.DEVNULL
+            subprocess.run(
+                words,
+                check=True,
+                stdin=null,
+                stdout=null,
+                stderr=null,
+                cwd="/",
+                start_new_session=True,
+                pass_fds=[fd for fd in fds if fd >= 0],
+            )
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            listener.close()
+            os.close(pidfd)
+            self.close()
+        return True
+
+    def close(self) -> None:
+        """Give the tracking up, unless it was left to somebody; a second call does nothing."""
+        self.has_baseline = False
+        if self._uffd >= 0:
+            os.close(self._uffd)
+            self._uffd = -1
+
+
+def take(pid: int, parent: Path | None, pagemap_name: str, *, to_track: bool) -> Tracker | None:
+    """Get what tracks a task from the process that holds it; None if there is none, or it is of another process.
+
+    parent: the images that the next dump is made on top of; unless the tracker is bound to them it has no baseline.
+    to_track: the dump will begin to track anew, so that the holder ends here and now; else it stays as it is.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, DumpError):
+        answer, uffd = _ask(_socket_path(pid), b"T" if to_track else b"B")
+        try:
+            track = Track(answer["track"])
+            if answer["process"] != _identity(pid) or (track is Track.UFFD) != (uffd >= 0):
+                raise ValueError("another process, or another program in it")
+            image = None if parent is None else _identity_of_file(parent, pagemap_name)
+            is_bound = image is not None and answer["image"] == image
+            return Tracker(pid, track, uffd, has_baseline=is_bound, is_borrowed=not to_track)
+        except BaseException:
+            if uffd >= 0:
+                os.close(uffd)
+            raise
+    return None
+
+
+def _ask(path: Path, letter: bytes) -> tuple[dict[str, Any], int]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(_TIMEOUT_S)
+        connection.connect(str(path))
+        connection.send(letter)
+        message, fds, _, _ = socket.recv_fds(connection, _ANSWER_MAX, 1)
+    try:
+        answer = json.loads(message)
+        if not isinstance(answer, dict):
+            raise ValueError("not what a tracker says")
+    except ValueError:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return answer, fds[0] if fds else -1
+
+
+def _identity(pid: int) -> list[int]:
+    """Return what says that a task is still the same process and still runs the same program.
+
+    proc(5), stat: 22 start time, 26 start of code, 28 start of stack, 47 start of heap; exec makes the last three
+    anew, at random places.
+    """
+    text = Path(f"/proc/{pid}/stat").read_text()
+    fields = text[text.rindex(")") + 2 :].split()
+    return [pid, *(int(fields[number - 3]) for number in (22, 26, 28, 47))]
+
+
+def _identity_of_file(images: Path, name: str) -> list[int] | None:
+    """Return what says that a file is the same and unchanged; None if it is not there."""
+    if not (images / name).exists():
+        return None
+    status = (images / name).stat()
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
+
+
+def _socket_path(pid: int) -> Path:
+    """Return where the holder of a task listens: by its pid, so that there is one for a task."""
+    namespace = Path("/proc/self/ns/pid").stat().st_ino
+    return _runtime_directory() / f"tracker-{namespace}-{pid}.socket"
+
+
+def _runtime_directory() -> Path:
+    """Return a folder that only we may look into, made if need be."""
+    if os.geteuid() == 0:
+        path = Path("/run/lazyd")
+    elif "XDG_RUNTIME_DIR" in os.environ:
+        path = Path(os.environ["XDG_RUNTIME_DIR"]) / "lazyd"
+    else:
+        path = Path(f"/tmp/lazyd-{os.geteuid()}")
+    path.mkdir(mode=0o700, exist_ok=True)
+    status = path.lstat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o77 or path.is_symlink():
+        raise DumpError(f"{path}: not a folder of ours alone (mode 700); remove it")
+    return path
+
+
+def _listen(path: Path) -> socket.socket:
+    """Listen under a name, in place of whoever did before."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        fresh.unlink(missing_ok=True)
+        listener.bind(str(fresh))
+        listener.listen(8)
+        fresh.rename(path)
+    except OSError as error:
+        listener.close()
+        fresh.unlink(missing_ok=True)
+        raise SystemCallError("bind", error.errno or 0, path=path) from error
+    return listener

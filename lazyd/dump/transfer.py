@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: MIT
+"""Where the memory of a dump goes: one interface, into local images here, to a page server in page_server.
+
+A destination opens one transfer for each image of memory: a task, or an object of shared memory. A transfer gets
+one page pipe: first its holes, to be checked; then, while the task is stopped, its pages; last, and that may be
+when the task runs again, its pagemap. Bytes go from the task to their place in C.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import enum
+import os
+from typing import NamedTuple
+
+from lazyd.dump.core import PageKind, PagemapFormat, PagePipe, Progress, Source, copy_pages, reserve_blocks
+from lazyd.errors import DumpError, SystemCallError
+from lazyd.image import ExtentTable
+from lazyd.image.parent import ParentTable, load_parent
+from lazyd.image.writer import ImagesWriter, write_error
+
+_THREADS_MAX = 4
+
+
+class ImageType(enum.IntEnum):
+    """What an image of memory is of, as the page server's protocol numbers it."""
+
+    TASK = 1
+    SHARED = 2
+
+
+class MemoryImage(NamedTuple):
+    """An image of memory: of a task by its pid as its images have it, or of shared memory by its id."""
+
+    type: ImageType
+    number: int
+
+    @property
+    def pagemap_name(self) -> str:
+        """The name of its pagemap."""
+        return f"pagemap-{self.number}.img" if self.type is ImageType.TASK else f"pagemap-shmem-{self.number}.img"
+
+
+class Transfer(abc.ABC):
+    """One image of memory on its way."""
+
+    def __init__(self, image: MemoryImage) -> None:
+        self.image = image
+
+    @property
+    @abc.abstractmethod
+    def parent(self) -> ExtentTable | None:
+        """What the parent has of this image, as far as that is known here."""
+
+    @property
+    @abc.abstractmethod
+    def may_have_parent_holes(self) -> bool:
+        """Say whether the destination has a parent of this image."""
+
+    @abc.abstractmethod
+    def write_hole(self, pipe: PagePipe) -> None:
+        """Take the holes of a pipe. DumpError for a parent hole that the parent does not have."""
+
+    @abc.abstractmethod
+    def write_pages(self, pipe: PagePipe, source: Source, progress: Progress) -> None:
+        """Take the bytes of the dumped pages."""
+
+    @abc.abstractmethod
+    def write_pagemap(self, pipe: PagePipe) -> None:
+        """Write the entries: runs and holes in order of address."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """End the transfer, complete or not; a second call does nothing."""
+
+
+class Destination(abc.ABC):
+    """Where the images of memory of one dump go."""
+
+    form: PagemapFormat
+
+    @abc.abstractmethod
+    def open(self, image: MemoryImage, expected_bytes: int = 0) -> Transfer:
+        """Start an image, before the task is stopped; `expected_bytes` are made room for."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """End the destination once every transfer is closed."""
+
+
+class LocalImages(Destination):
+    """A directory of images in the making."""
+
+    def __init__(
+        self,
+        writer: ImagesWriter,
+        form: PagemapFormat | None = None,
+        *,
+        auto_dedup: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        """Put images into `writer`, over those of its parent.
+
+        auto_dedup: punch_parents() will be called. threads: that copy; None: as many as help.
+        """
+        self.form = form or PagemapFormat()
+        self._writer = writer
+        self._auto_dedup = auto_dedup
+        self._threads = threads or min(_THREADS_MAX, len(os.sched_getaffinity(0)))
+        self._next_pages_id = 1
+        self._transfers: list[LocalTransfer] = []
+
+    def open(self, image: MemoryImage, expected_bytes: int = 0) -> Transfer:
+        """Start an image: its parent is loaded whole, its pages image is made and its blocks reserved."""
+        parent = None
+        if self._writer.parent is not None:
+            parent = load_parent(self._writer.parent, image.pagemap_name, self.form.dialect)
+        pages_id = self._next_pages_id
+        self._next_pages_id += 1
+        transfer = LocalTransfer(image, self._writer, self.form, pages_id=pages_id, parent=parent)
+        transfer.threads = self._threads
+        transfer.reserve(expected_bytes)
+        self._transfers.append(transfer)
+        return transfer
+
+    def close(self) -> None:
+        """Close what is open; the images are complete once every pagemap is written."""
+        for transfer in self._transfers:
+            transfer.close()
+
+    def punch_parents(self) -> int:
+        """Free in the parents what this dump replaces; return how many bytes.
+
+        Only after publish(): before, the parents are all there is. The images are whole whether this works or not.
+        """
+        assert self._auto_dedup
+        return sum(transfer.punch_parent() for transfer in self._transfers)
+
+
+class LocalTransfer(Transfer):
+    """One pagemap and its pages image in a directory in the making."""
+
+    threads = 1
+
+    def __init__(
+        self,
+        image: MemoryImage,
+        writer: ImagesWriter,
+        form: PagemapFormat,
+        *,
+        pages_id: int,
+        parent: ParentTable | None,
+    ) -> None:
+        super().__init__(image)
+        self._writer = writer
+        self._form = form
+        self._pages_id = pages_id
+        self._parent = parent
+        self._pipe: PagePipe | None = None
+        self._pages_path = writer.path / f"pages-{pages_id}.img"
+        self._fd = writer.create(self._pages_path.name)
+
+    @property
+    def parent(self) -> ExtentTable | None:
+        """What the parent's chain has of this image."""
+        return None if self._parent is None else self._parent.extents
+
+    @property
+    def may_have_parent_holes(self) -> bool:
+        """Say whether the parent has this image at all: a task that is new since has none."""
+        return self._parent is not None
+
+    def reserve(self, expected_bytes: int) -> None:
+        """Reserve blocks, so that the filesystem need not look for them while the task is stopped.
+
+        Whatever is wrong here shows when the bytes are written, if they are that many at all.
+        """
+        if expected_bytes:
+            with contextlib.suppress(OSError):
+                reserve_blocks(self._fd, expected_bytes)
+
+    def write_hole(self, pipe: PagePipe) -> None:
+        """Check that the parent has the bytes of every parent hole, over its whole length."""
+        if not pipe.pages(PageKind.PARENT):
+            return
+        name = self.image.pagemap_name
+        if self._parent is None:
+            raise DumpError(f"{self._writer.parent or self._writer.path}: no {name} for the parent holes of this dump")
+        address = pipe.first_hole_not_in(self._parent.extents)
+        if address is not None:
+            reason = "a page that was not written since has no bytes there; dump again without --parent"
+            raise DumpError(f"{self._writer.parent}, {name}, address {address:#x}: {reason}")
+
+    def write_pages(self, pipe: PagePipe, source: Source, progress: Progress) -> None:
+        """Copy the dumped pages into the pages image."""
+        try:
+            copy_pages(source, pipe, self._fd, threads=self.threads, progress=progress)
+        except OSError as error:
+            raise write_error("write", self._pages_path, error) from error
+        self._pipe = pipe
+
+    def write_pagemap(self, pipe: PagePipe) -> None:
+        """Write the pagemap image, and give back blocks that were reserved and not needed."""
+        name = self.image.pagemap_name
+        try:
+            os.ftruncate(self._fd, pipe.dumped_bytes)
+        except OSError as error:
+            raise write_error("ftruncate", self._pages_path, error) from error
+        fd = self._writer.create(name)
+        try:
+            pipe.write_pagemap(fd, self._pages_id, self._form)
+        except OSError as error:
+            raise write_error("write", self._writer.path / name, error) from error
+        finally:
+            os.close(fd)
+
+    def punch_parent(self) -> int:
+        """Punch what was dumped, or became zeros, out of the parents' pages images."""
+        if self._parent is None or self._pipe is None:
+            return 0
+        fds: list[int] = []
+        try:
+            for path in self._parent.sources:
+                fds.append(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+            return self._pipe.punch(self._parent.extents, fds)
+        except OSError as error:
+            where = self._writer.parent if len(fds) == len(self._parent.sources) else path
+            hint = "the new images are whole; only their parents keep what is not needed any more"
+            raise SystemCallError("fallocate", error.errno or 0, path=where, hint=hint) from error
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def close(self) -> None:
+        """Close the pages image."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: MIT
+"""The images that a new dump names as its parent: what they have of each pagemap, and in which dialect.
+
+All readers decide the dialect over a whole chain, so that a new image must be in that of its parents. They are
+loaded before the task is stopped, and whole: a chain that cannot be read is found before anything depends on it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from lazyd.errors import ImageError
+from lazyd.image import chain
+from lazyd.image.checkpoint import Level, flatten, read_level, report_broken_holes
+from lazyd.image.pagemap import Dialect, ExtentTable, check_dialect
+
+
+class ParentTable(NamedTuple):
+    """What a chain has of one pagemap: the flat table, and the pages image that each of its sources is."""
+
+    extents: ExtentTable
+    sources: list[Path]
+
+
+def _stop(error: ImageError) -> NoReturn:
+    raise error
+
+
+def load_parent(path: Path, name: str, dialect: Dialect) -> ParentTable | None:
+    """Return what the images in `path` and their parents have under this pagemap's name; None: nothing.
+
+    `dialect` is the one of the new image. Raises ImageError if the chain is not whole, or in another one.
+    """
+    levels: list[Level] = [read_level(directory, [name], _stop) for directory in chain.walk_chain(path)]
+    if name not in levels[0].maps:
+        return None
+    check_dialect([found.pagemap for level in levels for found in level.maps.values() if found], dialect)
+    table = flatten(levels, name, dialect, _stop).table
+    used = table.used_levels(len(levels))
+    sources = []
+    for number in used:
+        found = levels[number].maps[name]
+        assert found is not None, "the first bad image stops the load"
+        sources.append(found.pages_path)
+    extents = table.finish({level: number for number, level in enumerate(used)}, len(levels))
+    report_broken_holes(levels, name, extents, _stop)
+    return ParentTable(extents, sources)

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: MIT
+"""The mappings of a task, as images describe them.
+
+Facts: /proc/PID/smaps names every mapping with its flags (proc(5), VmFlags); the links in /proc/PID/map_files lead to
+the mapped file itself, whatever its path is now, and their permissions are the mode that the file was opened with.
+Shared anonymous memory is a file of the kernel's own, named /dev/zero and deleted, or a memfd that nobody has a
+descriptor of any more (which is what `criu restore` makes of it); its inode number tells one object from another.
+vvar is in two parts on current kernels; images have it as one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from enum import Enum
+from pathlib import Path
+from typing import NamedTuple
+
+# mmap(2), asm-generic.
+PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
+MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS = 0x01, 0x02, 0x20
+MAP_GROWSDOWN, MAP_LOCKED, MAP_NORESERVE = 0x100, 0x2000, 0x4000
+_FLAGS = {b"gd": MAP_GROWSDOWN, b"lo": MAP_LOCKED, b"nr": MAP_NORESERVE}
+# madvise(2); images keep one bit a number.
+_ADVICE = {b"rr": 1, b"sr": 2, b"dc": 10, b"mg": 12, b"hg": 14, b"nh": 15, b"dd": 16, b"wf": 18}
+_DEVICE_ZERO = os.makedev(1, 5)
+
+
+class MappingKind(Enum):
+    """What a mapping is; the word is for people."""
+
+    PRIVATE = "private memory"
+    PRIVATE_FILE = "private mapping of a file"
+    SHARED = "shared memory"
+    SHARED_FILE = "shared mapping of a file"
+    VDSO = "vdso"
+    VVAR = "vvar"
+    VSYSCALL = "vsyscall"
+    OTHER = "a mapping that is not memory"
+
+
+class MappedFile(NamedTuple):
+    """The file behind a mapping. `open_flags`: as it was opened, O_RDONLY or O_RDWR."""
+
+    path: str
+    device: int
+    inode: int
+    open_flags: int
+
+
+class Mapping(NamedTuple):
+    """A mapping. `flags` are mmap's, `advice` has bit n for madvise(n), `problem` says why it is not plain."""
+
+    start: int
+    end: int
+    protection: int
+    flags: int
+    offset: int
+    kind: MappingKind
+    advice: int
+    name: str
+    file: MappedFile | None
+    shared_inode: int
+    problem: str
+    is_write_protected: bool
+    """Registered with a userfaultfd for write protection: a tracker's, ours or another's."""
+
+    def __str__(self) -> str:
+        return f"{self.start:#x}-{self.end:#x} {self.name or self.kind.value}"
+
+
+Known = dict[tuple[bytes, bytes], Mapping]
+
+
+def read_mappings(pid: int, known: Known | None = None) -> list[Mapping]:
+    """Return the mappings of a task, sorted; OSError if it is gone or may not be looked at.
+
+    `known` keeps what was found out of each line, so that the next call, when the task is stopped, is quick: a mapping
+    whose lines say the same device, inode, path, offset, protection and flags is the same to an image.
+    """
+    with Path(f"/proc/{pid}/smaps").open("rb") as smaps:
+        text = smaps.read()
+    known = {} if known is None else known
+    found: list[Mapping] = []
+    header = b""
+
+    def add(flags: bytes) -> None:
+        mapping = known.get((header, flags))
+        if mapping is None:
+            mapping = known[header, flags] = _read_one(pid, header.split(None, 5), frozenset(flags.split()[1:]))
+        if mapping.kind is MappingKind.VVAR and found and found[-1].kind is MappingKind.VVAR:
+            mapping = found.pop()._replace(end=mapping.end)
+        found.append(mapping)
+
+    for line in _HEADER_OR_FLAGS.findall(text):
+        if line.startswith(b"VmFlags:"):
+            add(line)
+            header = b""
+        else:
+            if header:
+                add(b"")
+            header = line
+    if header:
+        add(b"")
+    return found
+
+
+_HEADER_OR_FLAGS = re.compile(rb"^(?:[0-9a-f]+-|VmFlags:).*$", re.MULTILINE)
+
+
+def _read_one(pid: int, header: list[bytes], words: frozenset[bytes]) -> Mapping:
+    start, end = (int(part, 16) for part in header[0].split(b"-"))
+    protection = sum(
+        bit for letter, bit in ((b"r", PROT_READ), (b"w", PROT_WRITE), (b"x", PROT_EXEC)) if letter in header[1]
+    )
+    is_shared = header[1].endswith(b"s")
+    name = os.fsdecode(header[5]) if len(header) > 5 else ""
+    file = None
+    shared_inode = 0
+    problem = ""
+    kind = _KERNEL_NAMES.get(name)
+    if kind is None and int(header[4]):
+        file = _read_file(pid, header[0].decode())
+        problem = _file_problem(file.path, is_shared=is_shared)
+        kind = MappingKind.SHARED_FILE if is_shared else MappingKind.PRIVATE_FILE
+        if not problem and is_shared and file.path.endswith(_DELETED):
+            kind, shared_inode, file = MappingKind.SHARED, file.inode, None
+        elif not problem and _is_device_zero(pid, header[0].decode()):
+            kind, file = (MappingKind.PRIVATE, None) if not is_shared else (MappingKind.OTHER, file)
+    elif kind is None:
+        kind = MappingKind.PRIVATE
+    if kind not in (MappingKind.VVAR, MappingKind.VSYSCALL, MappingKind.VDSO):
+        problem = problem or next((text for word, text in _PROBLEMS.items() if word in words), "")
+        if not problem and name == "[uprobes]":
+            problem = "probes that a tracer of the system has set"
+    is_anonymous = file is None
+    flags = (MAP_SHARED if is_shared else MAP_PRIVATE) | (MAP_ANONYMOUS if is_anonymous else 0)
+    flags |= sum(bit for word, bit in _FLAGS.items() if word in words)
+    return Mapping(
+        start=start,
+        end=end,
+        protection=protection,
+        flags=flags,
+        offset=int(header[2], 16) if file is not None or shared_inode else 0,
+        kind=kind,
+        advice=sum(1 << number for word, number in _ADVICE.items() if word in words),
+        name=name,
+        file=file,
+        shared_inode=shared_inode,
+        problem=problem,
+        is_write_protected=b"uw" in words,
+    )
+
+
+_KERNEL_NAMES = {
+    "[vdso]": MappingKind.VDSO,
+    "[vvar]": MappingKind.VVAR,
+    "[vvar_vclock]": MappingKind.VVAR,
+    "[vsyscall]": MappingKind.VSYSCALL,
+}
+_PROBLEMS = {
+    b"ht": "huge pages (hugetlb)",
+    b"um": "served by a userfaultfd",
+    b"ui": "served by a userfaultfd",
+    b"io": "memory of a device",
+    b"pf": "memory of a device",
+    b"mm": "memory of a device",
+    b"sl": "sealed (mseal)",
+    b"ss": "a shadow stack",
+}
+_DELETED = " (deleted)"
+_SHARED_MEMORY = ("/dev/zero (", "/memfd:")
+_NAMED_PROBLEMS = {
+    "/SYSV": "System V shared memory",
+    "/memfd:": "a memfd",
+    "/anon_hugepage": "huge pages (hugetlb)",
+    "/[aio]": "asynchronous I/O (io_setup)",
+    "anon_inode:[io_uring]": "an io_uring",
+    "anon_inode:[perf_event]": "performance counters",
+    "anon_inode:": "memory of a device",
+    "socket:": "a socket's ring",
+}
+
+
+def _read_file(pid: int, area: str) -> MappedFile:
+    """Follow the link of a mapping; proc(5): it needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN."""
+    link = f"/proc/{pid}/map_files/" + "-".join(part.lstrip("0") or "0" for part in area.split("-"))
+    mode = os.lstat(link).st_mode
+    path = os.readlink(link)  # noqa: PTH115  Path would drop a final slash and cost
+    status = os.stat(link)  # noqa: PTH116  the same
+    return MappedFile(path, status.st_dev, status.st_ino, os.O_RDWR if mode & stat.S_IWUSR else os.O_RDONLY)
+
+
+def _is_device_zero(pid: int, area: str) -> bool:
+    status = os.stat(f"/proc/{pid}/map_files/{area}")  # noqa: PTH116  as above
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == _DEVICE_ZERO
+
+
+def _file_problem(path: str, *, is_shared: bool) -> str:
+    """Say why a mapped file cannot be mapped again by its path; empty if it can."""
+    if is_shared and path.startswith(_SHARED_MEMORY) and path.endswith(_DELETED):
+        return ""
+    for prefix, text in _NAMED_PROBLEMS.items():
+        if path.startswith(prefix):
+            return text
+    if path.endswith(_DELETED):
+        return "its file is deleted"
+    if path.startswith("/dev/") and path != "/dev/zero":
+        return "memory of a device"
+    return ""

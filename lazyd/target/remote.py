@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: MIT
+"""Make a stopped thread do system calls, such that nothing is left of it even if lazyd is killed in the middle.
+
+Facts, and what follows:
+
+- A tracer that dies detaches: the thread runs on with whatever registers it has at that moment. So from the first
+  register that is changed to the last that is put back, what the thread would run must itself end in the thread's own
+  state. Injected is not one system call, but a piece of code that does all of them, gives back what it took, and goes
+  on where the thread was. A tracer that lives only watches it, stop by stop, and puts the registers back earlier.
+- The code uses neither stack nor flags, so that nothing below the stack pointer is written and no instruction is
+  needed that a restorer of flags would have to be: only mov, syscall and jmp. It has the thread's registers as
+  immediate operands; those of the floating point unit no system call changes.
+- The code stands where no instruction and no data is: in the zeros behind the end of the vdso, else in the zeros at
+  the end of some other executable mapping. ptrace may write there (the kernel copies the page for this task); its zeros
+  are put back at the end. A killed lazyd leaves bytes there that nobody runs or reads.
+- The arguments and results are in a scratch mapping of the thread's own making, at an address where nothing was; the
+  end of the code unmaps it. Addresses near the bottom are taken, where the kernel never puts a mapping by itself.
+- Signals are blocked meanwhile, except SIGKILL and SIGSTOP, which no mask holds; they stay in their queues. The mask
+  is put back by the code too.
+- A thread in a system call that is to be restarted (nanosleep, futex, poll) has the rest of it in its kernel state,
+  which other system calls leave alone. The kernel restarts it only on the way out of an event stop: that is where the
+  registers are put back. The code, which runs on if lazyd dies, jumps to the system call again itself.
+- Whoever steps by PTRACE_SYSCALL sees an entry and an exit stop for each system call.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import struct
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from lazyd.errors import DumpError, SystemCallError
+from lazyd.target.tracing import (
+    PTRACE_EVENT_STOP,
+    PTRACE_POKEDATA,
+    PTRACE_SYSCALL,
+    WALL,
+    Registers,
+    StoppedTask,
+    Thread,
+    request,
+)
+from lazyd.units import PAGE_SIZE, USER_SPACE_END
+
+# arch/x86/entry/syscalls/syscall_64.tbl
+SYS_MMAP, SYS_MUNMAP, SYS_RT_SIGPROCMASK, SYS_GETPID = 9, 11, 14, 39
+_PROT_READ_WRITE = 3
+_MAP_PRIVATE_ANONYMOUS_FIXED_NOREPLACE = 0x100022
+_SIG_SETMASK = 2
+_ALL_SIGNALS = (1 << 64) - 1
+_NO_SYSTEM_CALL = (1 << 64) - 1
+
+SCRATCH_BYTES = 4 * PAGE_SIZE
+_LOWEST = 0x10000  # vm.mmap_min_addr as it ships
+_RECORD_BYTES = 80
+MOST_CALLS = 63  # at once: their records fill the first two pages of the scratch mapping
+_BUFFERS = 2 * PAGE_SIZE
+
+
+class Call(NamedTuple):
+    """A system call: its number and up to six arguments, each an integer, or a `Result` of one before it."""
+
+    number: int
+    arguments: tuple[int | Result, ...] = ()
+
+
+class Result(NamedTuple):
+    """Stands for what an earlier call of the same batch returned."""
+
+    call: int
+
+
+# What the thread runs. `step` does the call that the record at rbx says, and goes on with the next one.
+_SIGNATURE = bytes.fromhex("6c7a2d72656d6f74 9f1c56e0a7b34d28")  # so that what is left is known again
+_SYSCALL = bytes.fromhex("0f05")
+_FIRST = bytes.fromhex("0f05 4889c7")  # syscall; mov rdi, rax
+_STEP = bytes.fromhex(
+    "488b03 488b7b08 488b7310 488b5318 4c8b5320 4c8b4328 4c8b4b30 0f05"  # mov rax, [rbx] … mov r9, [rbx + 48]; syscall
+    "488b4b38 488901"  # mov rcx, [rbx + 56]; mov [rcx], rax
+    "488b4b48 488b5b40 ffe1"  # mov rcx, [rbx + 72]; mov rbx, [rbx + 64]; jmp rcx
+)
+_MOV_IMMEDIATE = {
+    "ax": "48b8",
+    "cx": "48b9",
+    "dx": "48ba",
+    "bx": "48bb",
+    "bp": "48bd",
+    "si": "48be",
+    "di": "48bf",
+    **{f"r{number}": f"49{0xB0 + number:02x}" for number in range(8, 16)},
+}
+
+
+def _load(register: str, value: int) -> bytes:
+    return bytes.fromhex(_MOV_IMMEDIATE[register]) + struct.pack("<Q", value)
+
+
+class _Code:
+    """The code for one thread, at the address where it will stand."""
+
+    def __init__(self, at: int, scratch: int, registers: Registers, mask: int) -> None:
+        unmap = _load("di", scratch)
+        self.first = at + len(_SIGNATURE)
+        self.step = self.first + len(_FIRST) + 2
+        self.tail = self.step + len(_STEP)
+        # The first call's result is the mapping: it is in rdi already. The jump counts from behind itself.
+        jump = bytes([0xEB, self.tail + len(unmap) - self.step])
+        length = len(self._tail(registers, 0))
+        text = _SIGNATURE + _FIRST + jump + _STEP + unmap + self._tail(registers, self.tail + len(unmap) + length)
+        text += struct.pack("<Q", mask)
+        self.bytes = text + bytes(-len(text) % 8)
+
+    @staticmethod
+    def _tail(registers: Registers, mask_at: int) -> bytes:
+        """munmap(rdi), rt_sigprocmask(SIG_SETMASK, mask_at, NULL, 8), and on with what the thread did."""
+        whole = registers.restarted()
+        text = _load("ax", SYS_MUNMAP) + _load("si", SCRATCH_BYTES) + _SYSCALL
+        text += _load("ax", SYS_RT_SIGPROCMASK) + _load("di", _SIG_SETMASK) + _load("si", mask_at)
+        text += _load("dx", 0) + _load("r10", 8) + _SYSCALL
+        text += b"".join(_load(name, getattr(whole, name)) for name in _MOV_IMMEDIATE)
+        return text + bytes.fromhex("ff2500000000") + struct.pack("<Q", whole.ip)  # jmp [rip]
+
+
+CODE_BYTES = len(_Code(0, 0, Registers(*[0] * 27), 0).bytes)
+
+
+class Room(NamedTuple):
+    """Where in a task the code and the scratch mapping have room."""
+
+    code: int
+    scratch: int
+
+
+_MAPS_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (...)([ps]) \S+ \S+ \S+\s*(.*)")
+
+
+def find_room(task: StoppedTask) -> Room:
+    """Find room in a task whose threads are stopped; DumpError if it has none.
+
+    Where a lazyd was killed, its code is left. That place is taken again when there is no other one.
+    """
+    pid = task.pid
+    lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
+    areas = [
+        (int(match[1], 16), int(match[2], 16), match[3], match[4], match[5])
+        for match in map(_MAPS_LINE.fullmatch, lines)
+        if match is not None
+    ]
+    areas.sort(key=lambda area: area[4] != "[vdso]")
+    code, left = 0, 0
+    with Path(f"/proc/{pid}/mem").open("rb", 0) as memory:
+        for _, end, protection, sharing, name in areas:
+            if protection != "r-x" or sharing != "p" or name == "[vsyscall]":
+                continue
+            with suppress(OSError):
+                memory.seek(end - PAGE_SIZE)
+                page = memory.read(PAGE_SIZE)
+                found = page.find(_SIGNATURE)
+                while found >= 0:
+                    left = end - PAGE_SIZE + found
+                    _check_nobody_is_there(task, left)
+                    found = page.find(_SIGNATURE, found + 1)
+                # A margin of zeros, so that the end of the last instruction is not taken for room.
+                start = (len(page.rstrip(b"\0")) + 64) & ~63
+                if len(page) == PAGE_SIZE and PAGE_SIZE - start >= CODE_BYTES + 64:
+                    code = end - PAGE_SIZE + start
+                    break
+    if not (code or left):
+        raise DumpError(f"process {pid} has no room for a system call that lazyd must make inside it; use `criu dump`")
+    lowest = _LOWEST + PAGE_SIZE
+    for start, end, *_ in sorted(areas):
+        if start >= lowest + SCRATCH_BYTES + PAGE_SIZE:
+            # As near as can be to what is there already: a table of pages more or less is not to be seen.
+            return Room(code or left, min(start, USER_SPACE_END) - SCRATCH_BYTES - PAGE_SIZE)
+        lowest = max(lowest, end + PAGE_SIZE)
+    raise DumpError(f"process {pid} has no address space left for four pages; use `criu dump`")
+
+
+def _check_nobody_is_there(task: StoppedTask, left: int) -> None:
+    """See that no thread runs the code that a killed lazyd has left: it would not be itself."""
+    for thread in task:
+        if left <= thread.read_registers().ip < left + CODE_BYTES:
+            raise DumpError(f"thread {thread.tid} is not done with what a lazyd that was killed left it; try again")
+
+
+class RemoteCalls:
+    """A stopped thread that does system calls for us, until close(). It is a context manager.
+
+    In its `scratch` from `buffers` on there are two pages for arguments and results in memory.
+    """
+
+    def __init__(self, pid: int, thread: Thread, room: Room) -> None:
+        """Take a thread in an event stop over. DumpError if it cannot do system calls."""
+        self._pid = pid
+        self._thread = thread
+        self._room = room
+        self._registers = thread.registers()
+        self._mask = thread.signal_mask()
+        self._code = _Code(room.code, room.scratch, self._registers, self._mask)
+        self._memory = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        self._is_taken = False
+        self._at_entry = False
+        self._batch: Batch | None = None
+        self.buffers = room.scratch + _BUFFERS
+        try:
+            self._begin()
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self) -> None:
+        self._write_code(self._code.bytes)
+        # The order matters if lazyd dies between two of these: the code puts the mask back.
+        self._is_taken = True
+        self._thread.write_registers(
+            self._registers._replace(
+                ip=self._code.first,
+                orig_ax=_NO_SYSTEM_CALL,
+                ax=SYS_MMAP,
+                di=self._room.scratch,
+                si=SCRATCH_BYTES,
+                dx=_PROT_READ_WRITE,
+                r10=_MAP_PRIVATE_ANONYMOUS_FIXED_NOREPLACE,
+                r8=_NO_SYSTEM_CALL,  # fd -1
+                r9=0,
+            )
+        )
+        self._thread.set_signal_mask(_ALL_SIGNALS)
+        self.to_next_stop()
+        self.to_next_stop()
+        result = self._thread.read_registers().ax
+        if result != self._room.scratch:
+            hint = "the process must map four pages for a moment, and cannot; raise its limits, or use `criu dump`"
+            raise SystemCallError("mmap", -signed(result), path=f"process {self._pid}", hint=hint)
+
+    def _write_code(self, text: bytes) -> None:
+        try:
+            if os.pwrite(self._memory, text, self._room.code) == len(text):
+                return
+        except OSError:
+            pass  # proc_mem.force_override= may forbid it to all but ptrace
+        for offset in range(0, len(text), 8):
+            word = int.from_bytes(text[offset : offset + 8], "little")
+            request(PTRACE_POKEDATA, self._thread.tid, self._room.code + offset, word)
+
+    def _is_gone(self) -> ProcessLookupError:
+        """proc(5): the memory of a task that has been killed has no bytes any more."""
+        return ProcessLookupError(errno.ESRCH, f"process {self._pid} was killed")
+
+    def write(self, address: int, content: bytes) -> None:
+        """Write to the thread's memory; to the scratch mapping, that is."""
+        if os.pwrite(self._memory, content, address) != len(content):
+            raise self._is_gone()
+
+    def read(self, address: int, length: int) -> bytes:
+        """Read the thread's memory."""
+        content = os.pread(self._memory, length, address)
+        if len(content) != length:
+            raise self._is_gone()
+        return content
+
+    def start(self, *calls: Call) -> Batch:
+        """Lay out some calls; the caller steps through them. Not while another batch is not at its end."""
+        assert 0 < len(calls) <= MOST_CALLS, "too many calls for the scratch mapping"
+        assert self._batch is None or self._batch.is_done, "the batch before is not at its end"
+        # One more than asked for: stopped at its entry, the code has stored the results of all others.
+        records = [*calls, Call(SYS_GETPID)]
+        start = self._room.scratch
+        sinks = [self.buffers - 8 * (index + 1) for index in range(len(records))]
+        words: list[list[int]] = []
+        for index, call in enumerate(records):
+            arguments = [0] * 6
+            for position, argument in enumerate(call.arguments):
+                if isinstance(argument, Result):
+                    assert argument.call < index, "a result that is not there yet"
+                    sinks[argument.call] = start + index * _RECORD_BYTES + 8 * (position + 1)
+                else:
+                    arguments[position] = argument & _ALL_SIGNALS
+            words.append([call.number, *arguments])
+        text = b""
+        for index, (record, sink) in enumerate(zip(words, sinks, strict=True)):
+            handler = self._code.step if index + 1 < len(records) else self._code.tail
+            text += struct.pack("<10Q", *record, sink, start + (index + 1) * _RECORD_BYTES, handler)
+        self.write(start, text)
+        self._thread.write_registers(
+            self._registers._replace(ip=self._code.step, bx=start, orig_ax=_NO_SYSTEM_CALL, ax=0)
+        )
+        self._batch = Batch(self, sinks[:-1])
+        return self._batch
+
+    def run(self, *calls: Call) -> list[int]:
+        """Do some calls and return what each returned: not negative, or -errno."""
+        results: list[int] = []
+        for first in range(0, len(calls), MOST_CALLS):
+            results += self.start(*calls[first : first + MOST_CALLS]).finish()
+        return results
+
+    def to_next_stop(self) -> None:
+        """Let the thread run to the entry of its next system call, or from there to its exit."""
+        number = 0
+        while True:
+            request(PTRACE_SYSCALL, self._thread.tid, 0, number)
+            status = self._wait()
+            number = os.WSTOPSIG(status)
+            if number == signal.SIGTRAP | 0x80:
+                self._at_entry = not self._at_entry
+                return
+            if status >> 16 == PTRACE_EVENT_STOP:
+                # Stopped by a signal that no mask holds. It is stopped again when it is let go.
+                number = 0
+            elif number != signal.SIGSTOP:
+                raise DumpError(f"process {self._pid}: a system call made inside it ended in signal {number}")
+
+    def returned(self) -> int:
+        """Return what the system call returned at whose exit the thread is."""
+        return signed(self._thread.read_registers().ax)
+
+    def _wait(self) -> int:
+        with suppress(ChildProcessError):
+            _, status = os.waitpid(self._thread.tid, WALL)
+            if os.WIFSTOPPED(status):
+                return status
+        raise self._is_gone()
+
+    def close(self) -> None:
+        """Give back all that was taken: the thread is in an event stop as it was; a second call does nothing."""
+        if self._memory < 0:
+            return
+        try:
+            if self._is_taken:
+                self._give_back()
+            self._write_code(bytes(len(self._code.bytes)))
+        except ProcessLookupError:
+            pass  # there is nothing left to give back to
+        finally:
+            os.close(self._memory)
+            self._memory = -1
+
+    def _give_back(self) -> None:
+        if self._batch is not None and not self._batch.is_done:
+            self._batch.finish()  # later calls undo what earlier ones did
+        if self._at_entry:
+            self.to_next_stop()
+        # The code's own end unmaps; what the rest of it would do is done from here.
+        self._thread.write_registers(self._registers._replace(ip=self._code.tail, orig_ax=_NO_SYSTEM_CALL))
+        self.to_next_stop()
+        self.to_next_stop()
+        self._thread.set_signal_mask(self._mask)
+        self._thread.interrupt()
+        # From the exit of a system call to an event stop: no instruction runs in between.
+        request(PTRACE_SYSCALL, self._thread.tid)
+        status = self._wait()
+        if status >> 16 != PTRACE_EVENT_STOP:
+            raise DumpError(f"process {self._pid}: stopped with {status:#x} where an event stop was asked for")
+        self._thread.write_registers(self._registers)
+        self._is_taken = False
+
+    def __enter__(self) -> RemoteCalls:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Batch:
+    """Some calls that a thread is about to do."""
+
+    def __init__(self, calls: RemoteCalls, sinks: list[int]) -> None:
+        self._calls = calls
+        self._sinks = sinks
+        self._done = 0
+        self.is_done = False
+
+    def step(self) -> int:
+        """Do the next call and return what it returned; the thread is stopped at its exit."""
+        assert self._done < len(self._sinks), "no call is left"
+        self._calls.to_next_stop()
+        self._calls.to_next_stop()
+        self._done += 1
+        return self._calls.returned()
+
+    def finish(self) -> list[int]:
+        """Do all calls that are left and return what each of the batch returned."""
+        self.is_done = True
+        for _ in range(self._done, len(self._sinks)):
+            self._calls.to_next_stop()
+            self._calls.to_next_stop()
+        self._calls.to_next_stop()  # the entry of the call that is there to be stopped at
+        lowest = min(self._sinks)
+        text = self._calls.read(lowest, max(self._sinks) + 8 - lowest)
+        self._calls.to_next_stop()
+        return [struct.unpack_from("<q", text, sink - lowest)[0] for sink in self._sinks]
+
+
+def signed(value: int) -> int:
+    """Return a register's value as the signed number that system calls return."""
+    return value - (1 << 64) if value >> 63 else value

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: MIT
+"""Look at a task without touching it, and say all that keeps it from being a plain one.
+
+A plain task is one that its images can bring back without help: threads, private and shared memory, mapped files,
+open regular files and directories, memory devices such as /dev/null, the terminal it was started from. What it has
+beyond that is listed whole, before anything is stopped: a dump that would lose something is not made.
+
+What is true here may be false a moment later, while the task runs. So the same is done again once it is stopped, and
+then it is quick: `Survey` keeps what does not change.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from lazyd.errors import DumpError
+from lazyd.target.descriptors import KCMP_FILES, KCMP_FS, KCMP_VM, Descriptor, DescriptorKind, kcmp, read_descriptors
+from lazyd.target.mappings import Known, Mapping, read_mappings
+from lazyd.target.process import children
+from lazyd.target.tracing import state_of, status_fields, thread_ids
+
+_PF_KTHREAD, _PF_IO_WORKER = 0x00200000, 0x00000010  # include/linux/sched.h; field 9 of stat
+_NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
+_MAP_HUGE_PROBLEM = "huge pages"
+
+
+class Problem(NamedTuple):
+    """One thing that a task has and images of a plain task cannot hold."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+class Look(NamedTuple):
+    """What a task consists of, at one moment."""
+
+    mappings: list[Mapping]
+    descriptors: list[Descriptor]
+    problems: list[Problem]
+
+
+def check_is_process(pid: int) -> None:
+    """Raise DumpError, in one line, if there is nothing behind a pid that could be dumped at all."""
+    try:
+        fields = status_fields(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        raise DumpError(f"there is no process {pid}") from None
+    except PermissionError:
+        raise DumpError(f"process {pid}: no permission to look at it; run as root") from None
+    name = fields.get("Name", "")
+    if int(fields["Tgid"]) != pid:
+        raise DumpError(f"{pid} is a thread of process {fields['Tgid']}; name the process")
+    if _task_flags(pid) & _PF_KTHREAD:
+        raise DumpError(f"process {pid} ({name}) is a kernel thread: there is nothing to dump")
+    if fields["State"][0] in "ZX":
+        raise DumpError(f"process {pid} ({name}) is a zombie: it has ended, and its parent has not waited for it")
+    if pid == os.getpid():
+        raise DumpError(f"process {pid} is lazyd itself; name another")
+    if int(fields["TracerPid"]):
+        raise DumpError(f"process {pid} ({name}) is traced by process {fields['TracerPid']}; end that first")
+
+
+def _task_flags(tid: int) -> int:
+    with suppress(OSError):
+        text = Path(f"/proc/{tid}/stat").read_text(errors="replace")
+        return int(text[text.rindex(")") + 2 :].split()[9 - 3])
+    return 0
+
+
+def started_at(pid: int) -> int:
+    """Return when a process was started, in microseconds since the machine was; DumpError if it has ended.
+
+    proc(5), stat: field 22, in clock ticks.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        raise DumpError(f"process {pid} has ended") from None
+    return int(text[text.rindex(")") + 2 :].split()[22 - 3]) * 1_000_000 // os.sysconf("SC_CLK_TCK")
+
+
+class Survey:
+    """Look at one task, as often as wanted."""
+
+    def __init__(self, pid: int, *, tasks: Iterable[int] = (), has_tracker: bool = False) -> None:
+        """`tasks`: all that are dumped together. has_tracker: a tracker of ours has write-protected its memory."""
+        self.pid = pid
+        self._tasks = frozenset(tasks) | {pid}
+        self._has_tracker = has_tracker
+        self._mappings: Known = {}
+
+    def look(self) -> Look:
+        """Return what the task consists of; DumpError if it is gone or may not be looked at."""
+        try:
+            mappings = read_mappings(self.pid, self._mappings)
+            descriptors = read_descriptors(self.pid)
+            problems = [*self._of_task(), *self._of_mappings(mappings), *self._of_descriptors(descriptors)]
+        except (FileNotFoundError, ProcessLookupError):
+            raise DumpError(f"process {self.pid} has ended") from None
+        except PermissionError as error:
+            what = f": {error.filename}" if error.filename else ""
+            raise DumpError(f"process {self.pid}: no permission to look at it{what}; run as root") from None
+        return Look(mappings, descriptors, problems)
+
+    def _of_task(self) -> list[Problem]:
+        problems: list[Problem] = []
+        fields = status_fields(self.pid)
+        if fields.get("Seccomp", "0") != "0":
+            problems.append(Problem("seccomp", "the task has given up system calls"))
+        if len(fields.get("NSpid", "").split()) > 1:
+            problems.append(Problem("namespaces", "it is in another pid namespace"))
+        problems += self._of_namespaces()
+        if (root := os.readlink(f"/proc/{self.pid}/root")) != "/":  # noqa: PTH115  the text as it is
+            problems.append(Problem("root directory", f"{root}, by chroot"))
+        cwd = os.readlink(f"/proc/{self.pid}/cwd")  # noqa: PTH115  the text as it is
+        if cwd.endswith(" (deleted)"):
+            problems.append(Problem("working directory", "it is deleted"))
+        if (confined := _confinement(self.pid)) and confined != _confinement(os.getpid()):
+            problems.append(Problem("security module", f"confined as {confined}"))
+        problems += self._of_threads()
+        strangers = [child for child in children(self.pid) if child not in self._tasks]
+        if strangers:
+            named = ", ".join(f"{child} ({_name(child)})" for child in strangers)
+            problems.append(Problem("children", f"{named}; --tree dumps them too"))
+        return problems
+
+    def _of_namespaces(self) -> list[Problem]:
+        other = []
+        for name in _NAMESPACES:
+            with suppress(FileNotFoundError):
+                ours = os.stat(f"/proc/self/ns/{name}")  # noqa: PTH116  quick
+                theirs = os.stat(f"/proc/{self.pid}/ns/{name}")  # noqa: PTH116  quick
+                if not os.path.samestat(ours, theirs):
+                    other.append(name)
+        return [Problem("namespaces", f"it has others than lazyd: {', '.join(other)}")] if other else []
+
+    def _of_threads(self) -> list[Problem]:
+        problems: list[Problem] = []
+        for tid in thread_ids(self.pid):
+            if _task_flags(tid) & _PF_IO_WORKER:
+                problems.append(Problem(f"thread {tid}", "a worker of an io_uring"))
+                continue
+            if tid == self.pid:
+                continue
+            with suppress(ProcessLookupError):
+                if kcmp(self.pid, tid, KCMP_FILES):
+                    problems.append(Problem(f"thread {tid}", "has descriptors of its own (unshare)"))
+                if kcmp(self.pid, tid, KCMP_FS):
+                    problems.append(Problem(f"thread {tid}", "has a working directory of its own (unshare)"))
+        parent = int(status_fields(self.pid)["PPid"])
+        for other in [parent, *children(self.pid)]:
+            with suppress(OSError):
+                if other and not kcmp(self.pid, other, KCMP_VM):
+                    problems.append(Problem("memory", f"shared with process {other} ({_name(other)}) (vfork or clone)"))
+                if other and not kcmp(self.pid, other, KCMP_FILES):
+                    problems.append(Problem("descriptors", f"shared with process {other} ({_name(other)}) (clone)"))
+        return problems
+
+    def _of_mappings(self, mappings: list[Mapping]) -> list[Problem]:
+        problems = [Problem(f"mapping {mapping}", mapping.problem) for mapping in mappings if mapping.problem]
+        if not self._has_tracker and any(mapping.is_write_protected for mapping in mappings):
+            problems.append(Problem("memory", "write-protected by somebody's userfaultfd"))
+        return problems
+
+    @staticmethod
+    def _of_descriptors(descriptors: list[Descriptor]) -> list[Problem]:
+        return [Problem(str(one), one.problem) for one in descriptors if one.problem]
+
+
+def find_traced(tids: Iterable[int]) -> list[Problem]:
+    """Say which processes are traced by these threads: all processes are asked, so it is done once, before a stop."""
+    tracers = frozenset(tids)
+    problems = []
+    for entry in os.listdir("/proc"):  # noqa: PTH208  names are wanted
+        with suppress(OSError, KeyError, ValueError):
+            if entry.isdigit() and int(status_fields(int(entry))["TracerPid"]) in tracers:
+                problems.append(Problem("ptrace", f"it traces process {entry} ({_name(int(entry))})"))
+    return problems
+
+
+def refuse(pid: int, problems: list[Problem]) -> None:
+    """Raise one DumpError that names all problems, if there are any."""
+    if not problems:
+        return
+    unique = list(dict.fromkeys(map(str, problems)))
+    listed = "".join(f"\n  {text}" for text in unique)
+    raise DumpError(
+        f"process {pid} ({_name(pid)}) has what `lazyd dump` cannot keep; `criu dump` may:{listed}\nit goes on unharmed"
+    )
+
+
+def is_running(pid: int) -> bool:
+    """Say whether a task is there and has not ended."""
+    return state_of(pid) not in "ZX"
+
+
+def has_terminal(descriptors: list[Descriptor]) -> bool:
+    """Say whether any descriptor is a terminal."""
+    return any(one.kind is DescriptorKind.TERMINAL for one in descriptors)
+
+
+def _name(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+    return "?"
+
+
+def _confinement(pid: int) -> str:
+    """Return the label of a security module, as SELinux and AppArmor give it; empty without one."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/attr/current").read_text(errors="replace").strip("\0\n ")
+    return ""

@@ -1,0 +1,437 @@
+# SPDX-License-Identifier: MIT
+"""`lazyd dump` as users meet it: what it refuses and how, and that the task goes on whatever becomes of the dump."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from kernel_harness import wait_until
+
+from lazyd.target import tracing
+
+LAZYD = str(Path(sys.executable).parent / "lazyd")
+
+
+def lazyd(*words, **options):
+    """Run lazyd; return what became of it."""
+    words = [LAZYD, *map(str, words)]
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=60, **options)
+
+
+def refused(*words, **options):
+    """Run lazyd, which must refuse: exit 1, nothing on stdout; return its one message."""
+    run = lazyd(*words, **options)
+    assert run.returncode == 1, run
+    assert not run.stdout
+    assert "Traceback" not in run.stderr
+    return run.stderr
+
+
+def one_line(*words, **options):
+    """The same, and the message is one line."""
+    message = refused(*words, **options)
+    assert message.count("\n") == 1, message
+    return message
+
+
+def is_nothing_left(folder):
+    """See that no images and no hidden folder are there."""
+    return [path for path in folder.rglob("*") if "img" in path.name or path.name.startswith(".")] == []
+
+
+# ---- what a task has beyond a plain one ----
+
+EVERYTHING = r"""
+import ctypes, fcntl, mmap, os, select, signal, socket, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+folder = sys.argv[1]
+os.chdir(folder)
+keep = [socket.socket(socket.AF_UNIX), select.epoll(), os.eventfd(0), os.pipe(), os.memfd_create("x")]
+inotify = libc.inotify_init()
+signal_fd = libc.signalfd(-1, struct.pack("Q", 0), 0)
+timer_fd = libc.timerfd_create(0, 0)
+deleted = open("deleted", "w"); os.unlink("deleted")
+os.mkfifo("fifo"); fifo = os.open("fifo", os.O_RDWR)
+locked = open("locked", "w"); fcntl.flock(locked, fcntl.LOCK_EX)
+owned = open("owned", "w"); fcntl.fcntl(owned, fcntl.F_SETOWN, os.getpid())
+path = os.open("/", os.O_PATH)
+terminal = os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY)
+shm = libc.shmget(0, 4096, 0o1600)
+libc.shmat(shm, None, 0)
+libc.shmctl(shm, 0, None)
+mapped = open("mapped", "w+b"); mapped.truncate(4096); private = mmap.mmap(mapped.fileno(), 4096, mmap.MAP_PRIVATE)
+os.unlink("mapped")
+context = ctypes.c_ulong(); libc.syscall(206, 8, ctypes.byref(context))
+uffd = libc.syscall(323, 0o2000001)
+os.mkdir("gone"); os.chdir("gone"); os.rmdir("../gone")
+child = os.fork()
+if not child:
+    libc.ptrace(0, 0, 0, 0)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    os._exit(0)
+os.waitpid(child, os.WUNTRACED)
+filters = (ctypes.c_uint64 * 1)(0x7fff000000000006)
+class Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
+libc.prctl(38, 1, 0, 0, 0)
+assert libc.prctl(22, 2, ctypes.byref(Program(1, ctypes.addressof(filters)))) == 0
+os.close(os.open(folder + "/ready", os.O_CREAT))
+signal.pause()
+"""
+WORDS = [
+    "a socket",
+    "eventpoll",
+    "eventfd",
+    "a pipe",
+    "a memfd",
+    "inotify",
+    "signalfd",
+    "timerfd",
+    "its file is deleted",
+    "a named pipe",
+    "a file lock",
+    "F_SETOWN",
+    "O_PATH",
+    "a device",
+    "System V shared memory",
+    "asynchronous I/O",
+    "userfaultfd",
+    "working directory: it is deleted",
+    "it traces process",
+    "children:",
+    "seccomp",
+]
+
+
+@pytest.fixture
+def everything(tmp_path):
+    """A process with all that a plain task has not."""
+    state = tmp_path / "everything"
+    state.mkdir()
+    null = subprocess.DEVNULL
+    command = [sys.executable, "-c", EVERYTHING, str(state)]
+    process = subprocess.Popen(command, stdin=null, stdout=null, start_new_session=True)
+    try:
+        wait_until((state / "ready").exists, "everything")
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_all_that_is_beyond_a_plain_task_is_listed_at_once(everything, tmp_path):
+    message = refused("dump", "--pid", everything.pid, "-D", tmp_path / "images")
+    has_system_v = Path("/proc/sysvipc").exists()
+    for words in WORDS if has_system_v else [words for words in WORDS if "System V" not in words]:
+        assert words in message, f"{words} in:\n{message}"
+    assert "`criu dump`" in message
+    assert is_nothing_left(tmp_path)
+    assert everything.poll() is None
+
+
+@pytest.mark.parametrize("kind", ["--net", "--uts", "--mount", "--ipc", "--pid --fork", "--user", "--cgroup"])
+def test_other_namespaces_are_refused(kind, tmp_path):
+    words = ["unshare", *kind.split(), "--kill-child", "sleep", "1000"]
+    words = [word for word in words if word != "--kill-child" or "--fork" in kind]
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(words, stdin=null, stdout=null, stderr=null, start_new_session=True, cwd="/")
+    try:
+        pid = process.pid
+
+        def sleeper():
+            pids = [pid]
+            with contextlib.suppress(OSError):
+                pids += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+            return [one for one in pids if Path(f"/proc/{one}/comm").read_text() == "sleep\n"]
+
+        wait_until(sleeper, "the program")
+        message = refused("dump", "--pid", sleeper()[0], "-D", tmp_path / "images")
+        assert "namespace" in message
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["dump", "-D", "x"], "--pid PID is needed"),
+        (["dump", "--pid", "1"], "-D DIR is needed"),
+        (["dump", "--pid", "x", "-D", "x"], "invalid int value"),
+        (["dump", "--pid", "-3", "-D", "x"], "not a pid"),
+        (["dump", "--pid", "4194303", "-D", "x"], "there is no process"),
+        (["dump", "--pid", "2", "-D", "x"], "kernel thread"),
+        (["dump", "--pid", "2", "-D", "x", "-R", "-s"], "one of them"),
+        (["pre-dump", "--pid", "2", "-D", "x", "-s"], "leaves the process running"),
+        (["dump", "--pid", "2", "-D", "x", "--track-mem"], "--leave-running"),
+        (["dump", "--pid", "2", "-D", "x", "--auto-dedup"], "--parent DIR is needed"),
+        (["dump", "--pid", "2", "-D", "x", "now"], "one word too many"),
+        (["dump", "--pid", "2", "-D", "x", "--nonsense"], "unrecognized"),
+    ],
+)
+def test_arguments_that_make_no_sense(words, said, tmp_path):
+    assert said in one_line(*words, cwd=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_is_not_empty(start, tmp_path):
+    victim, images = start("registers"), tmp_path / "images"
+    images.mkdir()
+    (images / "mine").write_text("kept")
+    assert "not empty" in one_line("dump", "--pid", victim.pid, "-D", images)
+    assert (images / "mine").read_text() == "kept"
+    assert victim.finish() == "ok\n"
+
+
+def test_a_directory_whose_parent_is_not_there(start, tmp_path):
+    victim = start("registers")
+    assert "no such directory" in one_line("dump", "--pid", victim.pid, "-D", tmp_path / "no" / "images")
+    assert victim.finish() == "ok\n"
+
+
+def test_a_file_where_a_directory_should_be(start, tmp_path):
+    victim = start("registers")
+    (tmp_path / "images").touch()
+    assert "not a directory" in one_line("dump", "--pid", victim.pid, "-D", tmp_path / "images")
+    assert victim.finish() == "ok\n"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A filesystem of one MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)], check=False)
+    if mounted.returncode:
+        pytest.skip("may not mount here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk(start, small_disk):
+    victim = start("memory", "registers", "memory", "memory")
+    before = [line.split()[0] for line in Path(f"/proc/{victim.pid}/maps").read_text().splitlines()]
+    message = one_line("dump", "--pid", victim.pid, "-D", small_disk / "images")
+    assert "ENOSPC" in message
+    assert "make room" in message
+    assert not list(small_disk.iterdir())
+    assert [line.split()[0] for line in Path(f"/proc/{victim.pid}/maps").read_text().splitlines()] == before
+    assert victim.finish() == "ok\n"
+
+
+def test_a_read_only_disk(start, small_disk):
+    victim = start("registers")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert "EROFS" in one_line("dump", "--pid", victim.pid, "-D", small_disk / "images")
+    assert victim.finish() == "ok\n"
+
+
+UNPRIVILEGED = """
+import os, sys
+import lazyd.cli_dump, lazyd.dump.run, lazyd.report
+from lazyd.cli import main
+os.setgroups([])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_no_permission(start, tmp_path):
+    victim = start("registers")
+    words = [sys.executable, "-c", UNPRIVILEGED, "dump", "--pid", str(victim.pid), "-D", "/tmp/never-made"]
+    run = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    assert run.returncode == 1, run
+    assert "no permission" in run.stderr
+    assert run.stderr.count("\n") == 1
+    assert not Path("/tmp/never-made").exists()
+    assert victim.finish() == "ok\n"
+
+
+# ---- parents ----
+
+
+def test_parents_that_are_none(start, tmp_path):
+    victim, other = start("registers"), start("registers")
+    images = tmp_path / "images"
+
+    def said(parent):
+        return one_line("dump", "--pid", victim.pid, "-D", images, "--parent", parent)
+
+    assert "no such file or directory" in said(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    assert "no inventory.img" in said(tmp_path / "empty")
+    assert lazyd("pre-dump", "--pid", other.pid, "-D", tmp_path / "other").returncode == 0
+    assert "images of another task" in said(tmp_path / "other")
+    assert lazyd("pre-dump", "--pid", victim.pid, "-D", tmp_path / "cut").returncode == 0
+    pages = tmp_path / "cut" / "pages-1.img"
+    os.truncate(pages, pages.stat().st_size // 2)
+    assert "pages-1.img" in said(tmp_path / "cut")
+    pages.unlink()
+    assert "cut" in said(tmp_path / "cut")
+    assert not images.exists()
+    assert victim.finish() == "ok\n"
+    assert other.finish() == "ok\n"
+
+
+def test_a_parent_of_an_earlier_process_with_the_same_pid(start, tmp_path):
+    """Its inventory says when it was dumped, and that was before this process was started."""
+    victim = start("registers")
+    parent = tmp_path / "parent"
+    assert lazyd("pre-dump", "--pid", victim.pid, "-D", parent).returncode == 0
+    from lazyd.image.pb import inventory_pb2  # noqa: PLC0415  generated
+
+    path = parent / "inventory.img"
+    content = path.read_bytes()
+    inventory = inventory_pb2.Inventory.FromString(content[8:])
+    assert inventory.dump_uptime
+    inventory.dump_uptime = 1
+    body = inventory.SerializeToString()
+    path.write_bytes(content[:4] + len(body).to_bytes(4, "little") + body)
+    message = one_line("dump", "--pid", victim.pid, "-D", tmp_path / "images", "--parent", parent)
+    assert "was started after that dump" in message
+    assert victim.finish() == "ok\n"
+
+
+# ---- what becomes of the task ----
+
+
+def test_a_dump_kills(start, tmp_path):
+    victim = start("registers", "nanosleep", "calls")
+    assert lazyd("dump", "--pid", victim.pid, "-D", tmp_path / "images").returncode == 0
+    assert victim.process.wait(10) == -signal.SIGKILL
+
+
+def test_leave_running(start, tmp_path):
+    victim = start("registers", "nanosleep", "sigsuspend", "handler", "pending", "futex", "poll", "read")
+    # The pipe that `read` reads from, and its child, are beyond a plain task.
+    assert "a pipe" in refused("dump", "--pid", victim.pid, "-D", tmp_path / "x", "-R")
+    assert victim.finish() == "ok\n"
+    victim = start("registers", "nanosleep", "sigsuspend", "handler", "pending", "futex", "poll")
+    for number in range(5):
+        assert lazyd("dump", "--pid", victim.pid, "-D", tmp_path / f"images{number}", "-R").returncode == 0
+    assert victim.finish() == "ok\n"
+
+
+def test_leave_stopped(start, tmp_path):
+    victim = start("registers", "nanosleep", "calls")
+    assert lazyd("dump", "--pid", victim.pid, "-D", tmp_path / "images", "-s").returncode == 0
+    wait_until(lambda: {tracing.state_of(tid) for tid in tracing.thread_ids(victim.pid)} == {"T"}, "the stop", 5)
+    os.kill(victim.pid, signal.SIGCONT)
+    assert victim.finish() == "ok\n"
+
+
+def test_statistics(start, tmp_path):
+    victim = start("registers", "memory")
+    run = lazyd("pre-dump", "--pid", victim.pid, "-D", tmp_path / "images", "--stats", tmp_path / "stats.json")
+    assert run.returncode == 0, run.stderr
+    stats = json.loads((tmp_path / "stats.json").read_text())
+    pages = sum(path.stat().st_size for path in (tmp_path / "images").glob("pages-*.img"))
+    assert stats["bytes"] == pages == (stats["pages"]["dumped"] + stats["pages"]["shared"]) * 4096
+    assert 0 < stats["seconds"]["stopped"] < stats["seconds"]["total"]
+    assert stats["tasks"] == [{"pid": victim.pid, "name": "steady", "threads": 3}]
+    assert f"process {victim.pid} (steady): 3 threads, now running" in run.stderr
+    assert victim.finish() == "ok\n"
+
+
+# ---- lazyd is ended ----
+
+SLOWLY = """
+import os, signal, sys
+from lazyd.dump import core, memory
+copy = core.copy_pages
+def slow(*arguments, **named):
+    print("copying", flush=True)
+    sys.stdin.read(1)
+    return copy(*arguments, **named)
+from lazyd.dump import transfer
+transfer.copy_pages = slow
+from lazyd.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_dump_in_order(start, number, tmp_path):
+    victim = start("registers", "nanosleep", "memory")
+    words = [sys.executable, "-c", SLOWLY, "dump", "--pid", str(victim.pid), "-D", str(tmp_path / "images")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout.readline() == "copying\n"
+        assert tracing.tracer_of(victim.pid) == process.pid
+        process.send_signal(number)
+        time.sleep(0.2)
+        _, said = process.communicate("x", timeout=30)
+        assert process.returncode == 1
+    assert said.count("\n") == 1
+    assert number.name in said or "cancelled" in said
+    assert is_nothing_left(tmp_path)
+    assert victim.finish() == "ok\n"
+
+
+DYING = """
+import itertools, os, signal, sys
+limit = int(sys.argv.pop(1))
+numbers = itertools.count(1)
+def counted(function):
+    def counting(*arguments, **named):
+        if next(numbers) > limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **named)
+    return counting
+from lazyd.target import remote, state, tracing
+for module in (remote, state, tracing):
+    module.request = counted(module.request)
+from lazyd.dump import run, transfer
+from lazyd.image.writer import ImagesWriter
+for name in ("write_file", "create", "publish", "_make_hidden"):
+    setattr(ImagesWriter, name, counted(getattr(ImagesWriter, name)))
+for name in ("copy_pages", "reserve_blocks"):
+    setattr(transfer, name, counted(getattr(transfer, name)))
+for name in ("dump", "finish", "dump_shared", "prepare"):
+    setattr(run.MemoryDump, name, counted(getattr(run.MemoryDump, name)))
+from lazyd.cli import main
+code = main(sys.argv[1:])
+print(next(numbers) - 1)
+sys.exit(code)
+"""
+
+
+def dying(limit, *words):
+    """Run lazyd, which dies by SIGKILL before one of its steps."""
+    words = [sys.executable, "-c", DYING, str(limit), *map(str, words)]
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize("verb", ["dump", "pre-dump"])
+def test_a_killed_lazyd_leaves_the_task_running(start, verb, tmp_path):
+    """Killed before each step, in turn with steps of 7: each run must leave the task as it was, and no images."""
+    victim = start("registers", "nanosleep", "sigsuspend", "memory")
+    words = [verb, "--pid", victim.pid, "-D"]
+    extra = ["--leave-running"] if verb == "dump" else []
+    whole = dying(10**9, *words, tmp_path / "whole", *extra)
+    assert whole.returncode == 0, whole.stderr
+    steps = int(whole.stdout)
+    assert steps > 300
+    maps = len(Path(f"/proc/{victim.pid}/maps").read_text().splitlines())
+    for limit in range(0, steps, 7):
+        images = tmp_path / f"images{limit}"
+        assert dying(limit, *words, images, *extra).returncode == -signal.SIGKILL
+        wait_until(lambda: tracing.tracer_of(victim.pid) == 0, "the kernel to let go")
+        assert tracing.state_of(victim.pid) in "RSD"
+        assert not images.exists() or (images / "inventory.img").exists()
+    wait_until(lambda: len(Path(f"/proc/{victim.pid}/maps").read_text().splitlines()) == maps, "the mappings", 5)
+    assert victim.finish() == "ok\n"
