@@ -18,6 +18,7 @@
 #define LZ_PENDING 8192U
 #define LZ_NOTICES 4096U
 #define LZ_MESSAGES 64U
+#define LZ_FRESH_PAGES 256U
 
 /* A place in the address space that faults move forward from. */
 struct lz_stream {
@@ -67,10 +68,15 @@ struct lz_task {
 	struct lz_stream stream[LZ_STREAMS];
 };
 
+struct lz_fault {
+	uint64_t address; /* run address of its page */
+	bool to_write;
+};
+
 /* A fault that could not be answered yet. */
 struct lz_pending {
 	struct lz_task *task;
-	uint64_t address;
+	struct lz_fault fault;
 	uint64_t since_ns;
 	uint32_t read; /* the read of its page that it waits for, or LZ_NO_READ */
 };
@@ -117,6 +123,7 @@ struct lz_worker {
 	struct lz_pending pending[LZ_PENDING + LZ_READS];
 	pthread_mutex_t inbox_lock;
 	struct lz_helper helper;
+	const void *zeros;              /* LZ_FRESH_PAGES that read as zeros; NULL: none could be had */
 	struct lz_source_view *view[2]; /* enum lz_for: one a source */
 	uint32_t inbox_count;           /* atomic */
 	uint32_t inbox_capacity;

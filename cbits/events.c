@@ -272,10 +272,10 @@ static void keep_event(struct lz_worker *worker, struct lz_task *task, const str
 }
 
 /*
- * Drain a task's queue: layout events are kept in its batch, the addresses of faults returned. What finds no room is
+ * Drain a task's queue: layout events are kept in its batch, faults returned. What finds no room is
  * woken to ask again.
  */
-uint32_t lz_events_read(struct lz_worker *worker, struct lz_task *task, uint64_t *faults, uint32_t room)
+uint32_t lz_events_read(struct lz_worker *worker, struct lz_task *task, struct lz_fault *faults, uint32_t room)
 {
 	struct uffd_msg aside[LZ_MESSAGES]; /* called while messages are being looked at: the task is ending */
 	struct uffd_msg *message = faults ? worker->flight->message : aside;
@@ -305,7 +305,10 @@ uint32_t lz_events_read(struct lz_worker *worker, struct lz_task *task, uint64_t
 			break;
 		}
 		for (uint32_t i = 0; i < (size_t)got / sizeof(message[0]) && lz_is_serving(task); i++) {
-			uint64_t address = message[i].arg.pagefault.address & ~(LZ_PAGE_SIZE - 1);
+			const struct lz_fault fault = {
+				.address = message[i].arg.pagefault.address & ~(LZ_PAGE_SIZE - 1),
+				.to_write = message[i].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WRITE,
+			};
 			bool is_fault = message[i].event == UFFD_EVENT_PAGEFAULT;
 
 			if (!is_fault) {
@@ -317,9 +320,9 @@ uint32_t lz_events_read(struct lz_worker *worker, struct lz_task *task, uint64_t
 				continue;
 			lz_count(&worker->counters->faults, 1);
 			if (found < room)
-				faults[found++] = address;
+				faults[found++] = fault;
 			else
-				lz_uffd_wake(task->uffd, address, LZ_PAGE_SIZE);
+				lz_uffd_wake(task->uffd, fault.address, LZ_PAGE_SIZE);
 		}
 	}
 	if (!lz_is_serving(task)) /* it ended in the middle: what is left is nobody's */

@@ -90,11 +90,13 @@ static int install_window(struct lz_worker *worker, struct lz_task *task, const 
  * Answer one fault. 0: the thread will go on (or fault again); -EINPROGRESS: its page is being read from a disk, and
  * *read says by which read; else as install_run. *read on the way in is the read that was waited for, or LZ_NO_READ.
  */
-static int answer(struct lz_worker *worker, struct lz_task *task, uint64_t address, uint32_t *read)
+static int answer(struct lz_worker *worker, struct lz_task *task, struct lz_fault fault, uint32_t *read)
 {
+	const uint64_t address = fault.address;
 	struct lz_arena *arena = worker->engine->arena;
 	struct lz_space *space = &task->space;
 	const int64_t number = lz_space_find(arena, space, address);
+	const uint64_t zero_most = fault.to_write ? LZ_FRESH_PAGES : ZERO_WINDOW_PAGES;
 	const struct lz_region *region;
 	const struct lz_extent *extent;
 	struct lz_stream *stream;
@@ -118,10 +120,10 @@ static int answer(struct lz_worker *worker, struct lz_task *task, uint64_t addre
 			}
 		}
 		stream = stream_of(task, address);
-		pages = window_of(stream, ZERO_WINDOW_PAGES);
+		pages = window_of(stream, zero_most);
 		if (pages > PAGES(end - address))
 			pages = PAGES(end - address);
-		result = lz_install_zeros(worker, task, address, pages);
+		result = lz_install_zeros(worker, task, address, pages, fault.to_write);
 		stream->next = address + BYTES(pages);
 		return result;
 	}
@@ -133,7 +135,7 @@ static int answer(struct lz_worker *worker, struct lz_task *task, uint64_t addre
 	if (state == LZ_PRESENT) {
 		/* Another thread's fault brought it between this fault and its message; ZEROPAGE says -EEXIST then and
 		 * wakes. Or it is not there, in memory that a fork has wiped: zeros are what it holds. */
-		return lz_install_zeros(worker, task, address, 1);
+		return lz_install_zeros(worker, task, address, 1, false);
 	}
 	if (state == LZ_ASKED && !task->jobs)
 		return 0; /* held back: nothing can be given */
@@ -143,7 +145,7 @@ static int answer(struct lz_worker *worker, struct lz_task *task, uint64_t addre
 	extent = lz_space_extent(arena, space, image_address, &gap_end);
 	if (state == LZ_REMOVED || !extent || extent->kind == LZ_KIND_ZERO) {
 		if (state == LZ_REMOVED) {
-			uint64_t most = window_of(stream, ZERO_WINDOW_PAGES);
+			uint64_t most = window_of(stream, zero_most);
 
 			for (pages = 1; pages < most && page + pages < region->pages; pages++) {
 				if (lz_space_state(arena, space, address + BYTES(pages)) != LZ_REMOVED)
@@ -155,12 +157,12 @@ static int answer(struct lz_worker *worker, struct lz_task *task, uint64_t addre
 			pages = PAGES(gap_end - image_address);
 			if (pages > region->pages - page)
 				pages = region->pages - page;
-			if (pages > window_of(stream, ZERO_WINDOW_PAGES))
-				pages = window_of(stream, ZERO_WINDOW_PAGES);
+			if (pages > window_of(stream, zero_most))
+				pages = window_of(stream, zero_most);
 			pages = lz_space_state_run(arena, space, region, page, pages, true);
 		}
 		stream->next = address + BYTES(pages);
-		return lz_install_zeros(worker, task, address, pages);
+		return lz_install_zeros(worker, task, address, pages, fault.to_write);
 	}
 
 	struct lz_run run;
@@ -229,18 +231,20 @@ static int answer(struct lz_worker *worker, struct lz_task *task, uint64_t addre
 }
 
 /* Put a fault aside that cannot be answered yet. */
-static void hold_fault(struct lz_worker *worker, struct lz_task *task, uint64_t address, uint64_t since, uint32_t read)
+static void hold_fault(struct lz_worker *worker, struct lz_task *task, struct lz_fault fault, uint64_t since,
+		       uint32_t read)
 {
 	for (uint32_t i = 0; i < worker->pendings; i++) {
-		if (worker->pending[i].task == task && worker->pending[i].address == address && read == LZ_NO_READ)
+		if (worker->pending[i].task == task && worker->pending[i].fault.address == fault.address &&
+		    read == LZ_NO_READ)
 			return;
 	}
 	if (worker->pendings == LZ_PENDING && read == LZ_NO_READ) {
-		lz_uffd_wake(task->uffd, address, LZ_PAGE_SIZE); /* it will ask again */
+		lz_uffd_wake(task->uffd, fault.address, LZ_PAGE_SIZE); /* it will ask again */
 		return;
 	}
 	worker->pending[worker->pendings++] =
-		(struct lz_pending){ .task = task, .address = address, .since_ns = since, .read = read };
+		(struct lz_pending){ .task = task, .fault = fault, .since_ns = since, .read = read };
 }
 
 static void record_latency(struct lz_counters *counters, uint64_t ns)
@@ -259,7 +263,8 @@ static void record_latency(struct lz_counters *counters, uint64_t ns)
 	if (ns > counters->fault_ns_max)
 		__atomic_store_n(&counters->fault_ns_max, ns, __ATOMIC_RELAXED);
 }
-void lz_fault_answer(struct lz_worker *worker, struct lz_task *task, uint64_t address, uint64_t since, uint32_t read)
+void lz_fault_answer(struct lz_worker *worker, struct lz_task *task, struct lz_fault fault, uint64_t since,
+		     uint32_t read)
 {
 	const bool was_read = read != LZ_NO_READ;
 	int result;
@@ -267,16 +272,16 @@ void lz_fault_answer(struct lz_worker *worker, struct lz_task *task, uint64_t ad
 	if (!lz_is_serving(task))
 		return;
 	if (task->events) {
-		hold_fault(worker, task, address, since, LZ_NO_READ); /* nothing can be installed now */
+		hold_fault(worker, task, fault, since, LZ_NO_READ); /* nothing can be installed now */
 		return;
 	}
 	/* An answer lets the task go on, perhaps where the helper is: in the middle of a copy it would be held up. */
 	lz_helper_hold(worker);
 	lz_helper_stand_by(worker);
-	result = answer(worker, task, address, &read);
+	result = answer(worker, task, fault, &read);
 	lz_helper_release(worker);
 	if (!lz_task_outcome(worker, task, result)) {
-		hold_fault(worker, task, address, since, was_read ? LZ_NO_READ : read);
+		hold_fault(worker, task, fault, since, was_read ? LZ_NO_READ : read);
 		return;
 	}
 	if (lz_is_serving(task)) {
@@ -301,6 +306,6 @@ void lz_fault_retry(struct lz_worker *worker, uint64_t now)
 		worker->pending[i] = worker->pending[--worker->pendings];
 		if (due > worker->pendings)
 			due = worker->pendings;
-		lz_fault_answer(worker, pending.task, pending.address, pending.since_ns, pending.read);
+		lz_fault_answer(worker, pending.task, pending.fault, pending.since_ns, pending.read);
 	}
 }

@@ -224,15 +224,19 @@ int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct 
 	return 0;
 }
 
-/* Map zeros over [start, start + pages): the first page surely, the rest as far as it goes. As install_run. */
-int lz_install_zeros(struct lz_worker *worker, struct lz_task *task, uint64_t start, uint64_t pages)
+int lz_install_zeros(struct lz_worker *worker, struct lz_task *task, uint64_t start, uint64_t pages, bool to_write)
 {
+	const void *zeros = to_write ? worker->zeros : NULL;
+
+	if (zeros && pages > LZ_FRESH_PAGES)
+		pages = LZ_FRESH_PAGES;
 	for (;;) {
 		uint64_t done;
 		int result;
 
 		LZ_POINT("before-zero", start);
-		result = lz_uffd_zero(task->uffd, start, BYTES(pages), &done);
+		result = zeros ? lz_uffd_copy(task->uffd, start, zeros, BYTES(pages), &done) :
+				 lz_uffd_zero(task->uffd, start, BYTES(pages), &done);
 		if (done) {
 			lz_task_settle(task);
 			mark_present(worker, task, start, PAGES(done));
@@ -246,7 +250,7 @@ int lz_install_zeros(struct lz_worker *worker, struct lz_task *task, uint64_t st
 			lz_uffd_wake(task->uffd, start, LZ_PAGE_SIZE);
 			return 0;
 		}
-		if (result == -ENOENT && pages > 1) {
+		if ((result == -ENOENT || result == -ENOMEM) && pages > 1) {
 			pages /= 2;
 			continue;
 		}

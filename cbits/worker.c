@@ -35,6 +35,7 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -58,7 +59,7 @@ static bool has_messages(struct lz_task *task)
 
 static void serve(struct lz_worker *worker, struct lz_task *task)
 {
-	uint64_t faults[FAULTS];
+	struct lz_fault faults[FAULTS];
 	uint64_t since = task->empty_ns;
 	uint32_t found;
 
@@ -190,6 +191,9 @@ void *lz_worker_main(void *argument)
 		if (!worker->view[i])
 			abort(); /* before any task: the keeper reports it */
 	}
+	worker->zeros = mmap(NULL, BYTES(LZ_FRESH_PAGES), PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (worker->zeros == MAP_FAILED)
+		worker->zeros = NULL; /* the zero page will do */
 	lz_helper_start(worker);
 	while (!__atomic_load_n(&engine->stopping, __ATOMIC_ACQUIRE)) {
 		uint64_t now, faults = worker->counters->faults;
@@ -223,6 +227,8 @@ void *lz_worker_main(void *argument)
 	for (uint32_t i = 0; i < worker->tasks; i++)
 		lz_helper_recall(worker, worker->task[i]);
 	lz_helper_stop(worker);
+	if (worker->zeros)
+		munmap((void *)(uintptr_t)worker->zeros, BYTES(LZ_FRESH_PAGES));
 	for (int i = 0; i < 2; i++)
 		free(worker->view[i]);
 	return NULL;

@@ -65,8 +65,11 @@ bool lz_task_outcome(struct lz_worker *worker, struct lz_task *task, int result)
 
 /* install.c */
 int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct lz_run *run, enum lz_cause cause);
-/* The first page surely, the others as far as they go. */
-int lz_install_zeros(struct lz_worker *worker, struct lz_task *task, uint64_t start, uint64_t pages);
+/*
+ * Zeros: the first page surely, the others as far as they go. To be written: as pages of the task's own, at most
+ * LZ_FRESH_PAGES of them; the zero page would be exchanged for one at the write, by a fault for each.
+ */
+int lz_install_zeros(struct lz_worker *worker, struct lz_task *task, uint64_t start, uint64_t pages, bool to_write);
 /*
  * Ask whether a pages image still holds its bytes up to `end`. A page of a mapping that lies beyond the end of its
  * file raises -EFAULT in COPY; but the rest of the last page of a file that was cut inside a page reads as zeros.
@@ -79,12 +82,13 @@ uint64_t lz_resident_bytes(struct lz_worker *worker, enum lz_for who, uint16_t s
 
 /* fault.c */
 /* Answer a fault, or keep it for later. `since` is when it may have happened, `read` what was read for it, if any. */
-void lz_fault_answer(struct lz_worker *worker, struct lz_task *task, uint64_t address, uint64_t since, uint32_t read);
+void lz_fault_answer(struct lz_worker *worker, struct lz_task *task, struct lz_fault fault, uint64_t since,
+		     uint32_t read);
 void lz_fault_retry(struct lz_worker *worker, uint64_t now);
 
 /* events.c */
-/* Drain a task's queue: its layout events are kept, the addresses of faults returned; what finds no room is woken. */
-uint32_t lz_events_read(struct lz_worker *worker, struct lz_task *task, uint64_t *faults, uint32_t room);
+/* Drain a task's queue: its layout events are kept, its faults returned; what finds no room is woken. */
+uint32_t lz_events_read(struct lz_worker *worker, struct lz_task *task, struct lz_fault *faults, uint32_t room);
 /* Apply the events that are kept, if the layout has settled. True when none is outstanding. */
 bool lz_events_settle(struct lz_worker *worker, struct lz_task *task);
 /* Apply them now. */

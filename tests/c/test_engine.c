@@ -494,6 +494,44 @@ static void test_no_fill_before_finished(void)
 	tear_down();
 }
 
+static uint64_t resident_pages(void)
+{
+	char path[64];
+	unsigned long pages = 0;
+	FILE *statm;
+
+	snprintf(path, sizeof(path), "/proc/%d/statm", victim);
+	statm = fopen(path, "re");
+	CHECK(statm && fscanf(statm, "%*u %lu", &pages) == 1);
+	fclose(statm);
+	return pages;
+}
+
+/* Memory that no image covers: a stream of writes gets pages, a stream of reads the zero page, neither many faults. */
+static void test_fresh_memory(void)
+{
+	struct scene scene = { .pages = 2048, .fill = LZ_FILL_OFF, .vmas = 2 };
+	const uint64_t written = BASE + (1 << 30), read = written + 1024 * PAGE;
+	uint64_t before;
+
+	set_up(&scene); /* not finished: a VMA without image pages stays ours */
+	before = resident_pages();
+	for (uint64_t i = 0; i < 600; i++)
+		CHECK(run(0, WRITE, written + i * PAGE, i + 1, 0) == 0);
+	CHECK(resident_pages() >= before + 600);
+	CHECK(totals().faults < 60);
+	before = resident_pages();
+	for (uint64_t i = 0; i < 600; i++)
+		CHECK(run(0, READ, read + i * PAGE, 0, 0) == 0);
+	CHECK(resident_pages() < before + 100);
+	CHECK(totals().faults < 120);
+	for (uint64_t i = 0; i < 1024; i++) {
+		CHECK(run(0, READ, written + i * PAGE, 0, 0) == (i < 600 ? i + 1 : 0));
+		CHECK(run(0, READ, written + i * PAGE + 8, 0, 0) == 0);
+	}
+	tear_down();
+}
+
 /* A page dropped while its copy is on the way: the copy must not land, and the page must read zeros. */
 static void race_copy_and_drop(enum op drop)
 {
@@ -935,6 +973,7 @@ int main(int argc, char **argv)
 #define TEST(name) { #name, name }
 		TEST(test_on_demand),
 		TEST(test_no_fill_before_finished),
+		TEST(test_fresh_memory),
 		TEST(test_copy_and_drop),
 		TEST(test_copy_and_move),
 		TEST(test_copy_and_unmap),
