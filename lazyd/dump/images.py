@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from lazyd.image.encode import Record, SmallImage
 from lazyd.target import xstate
-from lazyd.target.descriptors import Descriptor, DescriptorKind, Terminal
+from lazyd.target.descriptors import Descriptor, DescriptorKind, Owner, Terminal
 from lazyd.target.mappings import Mapping, MappingKind
 from lazyd.target.state import Credentials, SegmentDescriptor, SignalAction, TaskState, ThreadState
 from lazyd.target.tracing import ERESTART_RESTARTBLOCK, Registers
@@ -209,12 +209,16 @@ def _kernel_device(device: int) -> int:
     return os.major(device) << 8 | os.minor(device)
 
 
-def compose(tasks: list[TaskImages], build_ids: BuildIds) -> Iterator[tuple[str, SmallImage, list[Record]]]:
+def compose(
+    tasks: list[TaskImages], owners: dict[Owner, Owner], build_ids: BuildIds
+) -> Iterator[tuple[str, SmallImage, list[Record]]]:
     """Yield name, kind and records of every small image of some tasks; the first is the root, parents come first.
 
-    What describes the memory itself (pagemap, pages) is not among them. OSError if a file is gone meanwhile.
+    owners: which descriptor stands for the open file of each. What describes the memory itself (pagemap, pages) is not
+    among them. OSError if a file is gone meanwhile.
     """
     files = Files(build_ids)
+    numbers: dict[Owner, int] = {}
     known = {task.state.pid for task in tasks}
     yield "inventory.img", SmallImage.INVENTORY, [_inventory()]
     yield "timens-0.img", SmallImage.TIMENS, [_clocks()]
@@ -225,7 +229,7 @@ def compose(tasks: list[TaskImages], build_ids: BuildIds) -> Iterator[tuple[str,
             record = _core(task.state, thread, is_leader=not index)
             yield f"core-{thread.tid}.img", SmallImage.CORE, [record]
         yield f"mm-{pid}.img", SmallImage.MM, [_mm(task, files)]
-        yield f"fdinfo-{number}.img", SmallImage.FDINFO, _descriptors(task, files)
+        yield f"fdinfo-{number}.img", SmallImage.FDINFO, _descriptors(task, files, owners, numbers)
         objects = dict.fromkeys(("vm_id", "files_id", "fs_id", "sighand_id"), number)
         yield f"ids-{pid}.img", SmallImage.IDS, [{**objects, **_NAMESPACES}]
         place = {
@@ -495,15 +499,16 @@ def _vma(mapping: Mapping, files: Files) -> Record:
     return record
 
 
-def _descriptors(task: TaskImages, files: Files) -> list[Record]:
-    numbers: dict[int, int] = {}
+def _descriptors(task: TaskImages, files: Files, owners: dict[Owner, Owner], numbers: dict[Owner, int]) -> list[Record]:
+    """Return the descriptors of a task. `numbers` has those of the open files so far, and is added to."""
     records: list[Record] = []
     for descriptor in task.descriptors:
-        if descriptor.same_as not in numbers:
-            numbers[descriptor.same_as] = files.add_descriptor(descriptor)
+        owner = owners[task.state.pid, descriptor.fd]
+        if owner not in numbers:
+            numbers[owner] = files.add_descriptor(descriptor)
         records.append(
             {
-                "id": numbers[descriptor.same_as],
+                "id": numbers[owner],
                 "flags": int(descriptor.close_on_exec),
                 "type": _TYPE_TERMINAL if descriptor.kind is DescriptorKind.TERMINAL else _TYPE_REGULAR,
                 "fd": descriptor.fd,

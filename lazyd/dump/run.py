@@ -35,6 +35,7 @@ from lazyd.image.pagemap import Dialect
 from lazyd.image.stats import DumpStats, write_stats
 from lazyd.image.writer import ImagesWriter
 from lazyd.report import Log, Show, human_seconds, version
+from lazyd.target.descriptors import find_owners
 from lazyd.target.mappings import Mapping
 from lazyd.target.process import children, descendants
 from lazyd.target.state import TaskState, read_state
@@ -200,15 +201,16 @@ def _dump_stopped(  # noqa: PLR0917  one dump's parts, made one by one by its ca
         for task in tasks:
             task.dump(memory)
         memory.dump_shared()
+        images = [task.images for task in tasks if task.images is not None]
+        owners = find_owners({image.state.pid: image.descriptors for image in images})
         watch.check()
         if settings.after is After.RUN:
             for task in tasks:
                 task.release()
         frozen = time.monotonic() - stopped
         counts = memory.finish()
-        images = [task.images for task in tasks if task.images is not None]
         try:
-            for name, kind, records in compose(images, build_ids):
+            for name, kind, records in compose(images, owners, build_ids):
                 writer.write_small(name, kind.magics, kind.encode(records))
         except FileNotFoundError as error:
             raise DumpError(f"{error.filename}: in use by the task, but it is gone") from error

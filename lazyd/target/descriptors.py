@@ -14,6 +14,7 @@ import fcntl
 import os
 import stat
 import struct
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -115,6 +116,32 @@ def read_descriptors(pid: int) -> list[Descriptor]:
         return found
     finally:
         os.close(pidfd)
+
+
+Owner = tuple[int, int]
+"""A pid and one of its descriptors."""
+
+
+def find_owners(tables: Mapping[int, Sequence[Descriptor]]) -> dict[Owner, Owner]:
+    """Say of every descriptor of some stopped tasks which one stands for its open file: the first that has it."""
+    owners: dict[Owner, Owner] = {}
+    groups: dict[tuple[object, ...], list[Owner]] = {}
+    for pid, descriptors in tables.items():
+        for one in descriptors:
+            here = (pid, one.fd)
+            if one.same_as != one.fd:
+                owners[here] = owners[pid, one.same_as]
+                continue
+            status = one.status
+            alike = groups.setdefault((status.st_dev, status.st_ino, one.flags, one.position), [])
+            for other_pid, other_fd in alike:
+                if other_pid != pid and not kcmp(pid, other_pid, KCMP_FILE, one.fd, other_fd):
+                    owners[here] = (other_pid, other_fd)
+                    break
+            else:
+                alike.append(here)
+                owners[here] = here
+    return owners
 
 
 def _read_one(pid: int, pidfd: int, fd: int) -> Descriptor:

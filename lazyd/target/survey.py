@@ -161,6 +161,8 @@ class Survey:
                     problems.append(Problem("memory", f"shared with process {other} ({_name(other)}) (vfork or clone)"))
                 if other and not kcmp(self.pid, other, KCMP_FILES):
                     problems.append(Problem("descriptors", f"shared with process {other} ({_name(other)}) (clone)"))
+                if other and not kcmp(self.pid, other, KCMP_FS):
+                    problems.append(Problem("directories", f"shared with process {other} ({_name(other)}) (clone)"))
         return problems
 
     def _of_mappings(self, mappings: list[Mapping]) -> list[Problem]:
