@@ -10,6 +10,8 @@ both; tests/criu/test_small_images.py holds the two to it, field by field:
   `root_ids`: the restored task stays in the namespaces of who restores it. Control groups are left alone the same way.
 - One open file is one record in files.img, whoever has descriptors for it. Mapped files, the program and the working
   directory are open files too, of which nobody has a descriptor.
+- A standard stream that is a pipe is one end of it. `criu restore` makes a new pipe, or with --inherit-fd takes what it
+  is given for pipe:[INODE].
 - A terminal is one record in tty-info.img; `criu restore --shell-job` replaces it by the one that it has itself.
 """
 
@@ -35,7 +37,12 @@ from lazyd.target.tracing import ERESTART_RESTARTBLOCK, Registers
 _IMAGE_VERSION = 2  # "1.1"
 _TASK_ALIVE, _TASK_STOPPED = 1, 3
 _X86_64, _NATIVE = 1, 1
-_TYPE_REGULAR, _TYPE_TERMINAL = 1, 11
+_TYPE_REGULAR, _TYPE_PIPE, _TYPE_TERMINAL = 1, 2, 11
+_TYPES = {
+    DescriptorKind.FILE: _TYPE_REGULAR,
+    DescriptorKind.PIPE: _TYPE_PIPE,
+    DescriptorKind.TERMINAL: _TYPE_TERMINAL,
+}
 _TYPE_PSEUDO_TERMINAL = 1
 _OF_DUMPER = 1  # the number of each object of ours
 _NAMESPACES = {
@@ -160,6 +167,9 @@ class Files:
 
     def add_descriptor(self, descriptor: Descriptor) -> int:
         """Add the open file of a descriptor."""
+        if descriptor.kind is DescriptorKind.PIPE:
+            record = {"pipe_id": descriptor.status.st_ino, "flags": descriptor.flags}
+            return self._add(_TYPE_PIPE, "pipe", record)
         if descriptor.kind is not DescriptorKind.TERMINAL:
             return self.add_regular(descriptor.path, descriptor.flags, descriptor.position, descriptor.status)
         terminal = descriptor.terminal
@@ -510,7 +520,7 @@ def _descriptors(task: TaskImages, files: Files, owners: dict[Owner, Owner], num
             {
                 "id": numbers[owner],
                 "flags": int(descriptor.close_on_exec),
-                "type": _TYPE_TERMINAL if descriptor.kind is DescriptorKind.TERMINAL else _TYPE_REGULAR,
+                "type": _TYPES[descriptor.kind],
                 "fd": descriptor.fd,
             }
         )

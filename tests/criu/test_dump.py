@@ -426,3 +426,71 @@ def test_an_open_file_that_two_tasks_share_stays_one(suite, running, tmp_path):
     lazyd("dump", "--tree", "--pid", pid, "-D", images)
     harness.reap_group(pid)
     assert restore(harness.Checkpoint(suite, pid, images, state), "eager", tmp_path / "work") == "zero,one,two\n"
+
+
+INHERITED = """
+echo before
+: >"$1/ready"
+while [ ! -e "$1/go" ]; do n=$((n + 1)); done
+read -r line
+echo "after $line"
+echo ok >"$1/said"; mv "$1/said" "$1/result"
+"""
+
+
+def test_standard_streams_that_are_pipes_are_inherited(suite, running, tmp_path):
+    """The other ends are ours; `criu restore --inherit-fd` gives the restored task new ones."""
+    state, images, work = tmp_path / "state", tmp_path / "images", tmp_path / "work"
+    state.mkdir()
+    work.mkdir()
+    pipe = subprocess.PIPE
+    words = ["dash", "-c", INHERITED, "dash", str(state)]
+    process = subprocess.Popen(
+        words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True, cwd="/"
+    )
+    running.append(process.pid)
+    harness.wait_until((state / "ready").exists, "the program")
+    assert process.stdout.readline() == b"before\n"
+    inodes = [os.fstat(end.fileno()).st_ino for end in (process.stdin, process.stdout)]
+    lazyd("dump", "--pid", process.pid, "-D", images)
+    process.wait()
+    (read_in, write_in), (read_out, write_out) = os.pipe(), os.pipe()
+    words = [harness.criu_command(suite), "restore", "-D", str(images), "-W", str(work), "--shell-job", "-d"]
+    for fd, inode in ((read_in, inodes[0]), (write_out, inodes[1])):
+        words += ["--inherit-fd", f"fd[{fd}]:pipe:[{inode}]"]
+    null = subprocess.DEVNULL
+    run = subprocess.run(
+        [*words, "-o", "restore.log", "-v1"],
+        stdin=null,
+        stdout=null,
+        stderr=null,
+        pass_fds=(read_in, write_out),
+        check=False,
+    )
+    assert run.returncode == 0, harness.tail(work / "restore.log")
+    os.close(read_in)
+    os.close(write_out)
+    (state / "go").touch()
+    os.write(write_in, b"line\n")
+    assert os.read(read_out, 100) == b"after line\n"
+    harness.wait_until((state / "result").exists, "the verdict")
+    os.close(write_in)
+    os.close(read_out)
+
+
+def test_pipes_that_are_no_inherited_streams_are_refused(running, tmp_path):
+    state, images = tmp_path / "state", tmp_path / "images"
+    state.mkdir()
+    script = ': >"$1/ready"; { while :; do n=1; done; } | { while :; do n=1; done; }'
+    pid = harness.start_program(["dash", "-c", script, "dash", str(state)], state)
+    running.append(pid)
+    harness.wait_until(lambda: len(harness.descendants(pid)) == 2, "the pipeline")
+    assert "both ends" in lazyd("dump", "--tree", "--pid", pid, "-D", images, check=False).stderr
+    process = subprocess.Popen(["sleep", "1000"], stdin=subprocess.PIPE, start_new_session=True, cwd="/")
+    running.append(process.pid)
+    process.stdin.write(b"unread")
+    process.stdin.flush()
+    process.returncode = 0
+    said = lazyd("dump", "--pid", process.pid, "-D", images, check=False).stderr
+    assert "6 bytes in it that nobody has read" in said
+    assert not images.exists()
