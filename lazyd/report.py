@@ -207,15 +207,13 @@ class Progress:
 
     def _draw(self, totals: Totals, done: int) -> None:
         if self._bar is None:
-            self._bar = _start_bar(
-                self._log, "filling", totals.image_pages * PAGE_SIZE, ["{task.fields[faults]}"], faults=""
-            )
+            self._bar = _start_bar(self._log, "filling", totals.image_pages * PAGE_SIZE, ["{task.fields[said]}"])
         bar = self._bar
         bar.update(
             bar.tasks[0].id,
             total=totals.image_pages * PAGE_SIZE,
             completed=done * PAGE_SIZE,
-            faults=_faults(totals),
+            said=_faults(totals),
         )
         with contextlib.suppress(OSError):
             bar.refresh()
@@ -275,7 +273,7 @@ class CopyProgress:
             self._log.draw = None
 
 
-def _start_bar(log: Log, word: str, total: int, columns: Sequence[str], **fields: Any) -> RichProgress:
+def _start_bar(log: Log, word: str, total: int, columns: Sequence[str]) -> RichProgress:
     """Draw a bar of bytes, with columns of text behind it; what is logged goes above it."""
     # Imported here for the reason at the head of this module.
     from rich.console import Console  # noqa: PLC0415
@@ -296,7 +294,7 @@ def _start_bar(log: Log, word: str, total: int, columns: Sequence[str], **fields
         console=Console(stderr=True),
         auto_refresh=False,
     )
-    bar.add_task(word, total=total, **fields)
+    bar.add_task(word, total=total, said="")
     bar.start()
 
     def draw(line: str) -> None:

@@ -10,6 +10,8 @@ both; tests/criu/test_small_images.py holds the two to it, field by field:
   `root_ids`: the restored task stays in the namespaces of who restores it. Control groups are left alone the same way.
 - One open file is one record in files.img, whoever has descriptors for it. Mapped files, the program and the working
   directory are open files too, of which nobody has a descriptor.
+- A standard stream that is a pipe is one end of it. `criu restore` makes a new pipe, or with --inherit-fd takes what it
+  is given for pipe:[INODE].
 - A terminal is one record in tty-info.img; `criu restore --shell-job` replaces it by the one that it has itself.
 """
 
@@ -27,7 +29,7 @@ from typing import Any, NamedTuple
 
 from lazyd.image.encode import Record, SmallImage
 from lazyd.target import xstate
-from lazyd.target.descriptors import Descriptor, DescriptorKind, Terminal
+from lazyd.target.descriptors import Descriptor, DescriptorKind, Owner, Terminal
 from lazyd.target.mappings import Mapping, MappingKind
 from lazyd.target.state import Credentials, SegmentDescriptor, SignalAction, TaskState, ThreadState
 from lazyd.target.tracing import ERESTART_RESTARTBLOCK, Registers
@@ -35,7 +37,12 @@ from lazyd.target.tracing import ERESTART_RESTARTBLOCK, Registers
 _IMAGE_VERSION = 2  # "1.1"
 _TASK_ALIVE, _TASK_STOPPED = 1, 3
 _X86_64, _NATIVE = 1, 1
-_TYPE_REGULAR, _TYPE_TERMINAL = 1, 11
+_TYPE_REGULAR, _TYPE_PIPE, _TYPE_TERMINAL = 1, 2, 11
+_TYPES = {
+    DescriptorKind.FILE: _TYPE_REGULAR,
+    DescriptorKind.PIPE: _TYPE_PIPE,
+    DescriptorKind.TERMINAL: _TYPE_TERMINAL,
+}
 _TYPE_PSEUDO_TERMINAL = 1
 _OF_DUMPER = 1  # the number of each object of ours
 _NAMESPACES = {
@@ -160,6 +167,9 @@ class Files:
 
     def add_descriptor(self, descriptor: Descriptor) -> int:
         """Add the open file of a descriptor."""
+        if descriptor.kind is DescriptorKind.PIPE:
+            record = {"pipe_id": descriptor.status.st_ino, "flags": descriptor.flags}
+            return self._add(_TYPE_PIPE, "pipe", record)
         if descriptor.kind is not DescriptorKind.TERMINAL:
             return self.add_regular(descriptor.path, descriptor.flags, descriptor.position, descriptor.status)
         terminal = descriptor.terminal
@@ -209,12 +219,16 @@ def _kernel_device(device: int) -> int:
     return os.major(device) << 8 | os.minor(device)
 
 
-def compose(tasks: list[TaskImages], build_ids: BuildIds) -> Iterator[tuple[str, SmallImage, list[Record]]]:
+def compose(
+    tasks: list[TaskImages], owners: dict[Owner, Owner], build_ids: BuildIds
+) -> Iterator[tuple[str, SmallImage, list[Record]]]:
     """Yield name, kind and records of every small image of some tasks; the first is the root, parents come first.
 
-    What describes the memory itself (pagemap, pages) is not among them. OSError if a file is gone meanwhile.
+    owners: which descriptor stands for the open file of each. What describes the memory itself (pagemap, pages) is not
+    among them. OSError if a file is gone meanwhile.
     """
     files = Files(build_ids)
+    numbers: dict[Owner, int] = {}
     known = {task.state.pid for task in tasks}
     yield "inventory.img", SmallImage.INVENTORY, [_inventory()]
     yield "timens-0.img", SmallImage.TIMENS, [_clocks()]
@@ -225,7 +239,7 @@ def compose(tasks: list[TaskImages], build_ids: BuildIds) -> Iterator[tuple[str,
             record = _core(task.state, thread, is_leader=not index)
             yield f"core-{thread.tid}.img", SmallImage.CORE, [record]
         yield f"mm-{pid}.img", SmallImage.MM, [_mm(task, files)]
-        yield f"fdinfo-{number}.img", SmallImage.FDINFO, _descriptors(task, files)
+        yield f"fdinfo-{number}.img", SmallImage.FDINFO, _descriptors(task, files, owners, numbers)
         objects = dict.fromkeys(("vm_id", "files_id", "fs_id", "sighand_id"), number)
         yield f"ids-{pid}.img", SmallImage.IDS, [{**objects, **_NAMESPACES}]
         place = {
@@ -495,17 +509,18 @@ def _vma(mapping: Mapping, files: Files) -> Record:
     return record
 
 
-def _descriptors(task: TaskImages, files: Files) -> list[Record]:
-    numbers: dict[int, int] = {}
+def _descriptors(task: TaskImages, files: Files, owners: dict[Owner, Owner], numbers: dict[Owner, int]) -> list[Record]:
+    """Return the descriptors of a task. `numbers` has those of the open files so far, and is added to."""
     records: list[Record] = []
     for descriptor in task.descriptors:
-        if descriptor.same_as not in numbers:
-            numbers[descriptor.same_as] = files.add_descriptor(descriptor)
+        owner = owners[task.state.pid, descriptor.fd]
+        if owner not in numbers:
+            numbers[owner] = files.add_descriptor(descriptor)
         records.append(
             {
-                "id": numbers[descriptor.same_as],
+                "id": numbers[owner],
                 "flags": int(descriptor.close_on_exec),
-                "type": _TYPE_TERMINAL if descriptor.kind is DescriptorKind.TERMINAL else _TYPE_REGULAR,
+                "type": _TYPES[descriptor.kind],
                 "fd": descriptor.fd,
             }
         )

@@ -35,10 +35,10 @@ from lazyd.image.pagemap import Dialect
 from lazyd.image.stats import DumpStats, write_stats
 from lazyd.image.writer import ImagesWriter
 from lazyd.report import Log, Show, human_seconds, version
-from lazyd.target.mappings import Mapping
+from lazyd.target.descriptors import find_owners
 from lazyd.target.process import children, descendants
 from lazyd.target.state import TaskState, read_state
-from lazyd.target.survey import Problem, Survey, check_is_process, find_traced, refuse, started_at
+from lazyd.target.survey import Look, Survey, check_is_process, find_traced, look_at_all, refuse, started_at
 from lazyd.target.tracing import StoppedTask, thread_ids
 from lazyd.target.userfault import UFFD_USER_MODE_ONLY, open_userfaultfd
 from lazyd.units import PAGE_SIZE, human_bytes
@@ -100,26 +100,20 @@ class _Task:
         self.stopped: StoppedTask | None = None
         self.images: TaskImages | None = None
 
-    def look(self) -> tuple[list[Mapping], list[Problem]]:
-        """Look at it, running or stopped."""
-        look = self.survey.look()
-        self._look = look
-        return look.mappings, look.problems
-
     def stop(self) -> None:
         """Stop it."""
         self.stopped = StoppedTask(self.pid)
 
-    def dump(self, memory: MemoryDump) -> None:
+    def dump(self, memory: MemoryDump, look: Look) -> None:
         """Read its state and dump its memory; it is stopped."""
         assert self.stopped is not None
         state = read_state(self.stopped)
-        self.images = TaskImages(state, self._look.mappings, self._look.descriptors)
+        self.images = TaskImages(state, look.mappings, look.descriptors)
         if self._settings.is_tracking and self.tracker is None:
             needs_uffd = tracker.needs_uffd()
             uffd = open_userfaultfd(self.stopped, UFFD_USER_MODE_ONLY) if needs_uffd else -1
             self.tracker = Tracker.start(self.pid, uffd)
-        areas = areas_of(self._look.mappings, [thread.registers.sp for thread in state.threads])
+        areas = areas_of(look.mappings, [thread.registers.sp for thread in state.threads])
         memory.dump(self.pid, areas, tracker=self.tracker, keep_tracking=self._settings.is_tracking)
 
     def send(self, number: signal.Signals) -> None:
@@ -164,11 +158,10 @@ def dump(settings: Settings, log: Log) -> Dumped:
 def _dump_tasks(settings: Settings, tasks: list[_Task], log: Log, begun: float) -> Dumped:
     build_ids = BuildIds()
     problems = find_traced(tid for task in tasks for tid in thread_ids(task.pid))
-    for task in tasks:
-        mappings, found = task.look()
-        problems += found
-        build_ids.warm_up(mapping.file.path for mapping in mappings if mapping.file is not None)
-    refuse(settings.pid, problems)
+    looks, found = look_at_all([task.survey for task in tasks])
+    refuse(settings.pid, problems + found)
+    for look in looks:
+        build_ids.warm_up(mapping.file.path for mapping in look.mappings if mapping.file is not None)
     with ImagesWriter(settings.images, parent=settings.parent, may_hold=settings.may_hold) as writer:
         destination = LocalImages(writer, settings.form, auto_dedup=settings.auto_dedup)
         memory = MemoryDump(destination)
@@ -195,20 +188,21 @@ def _dump_stopped(  # noqa: PLR0917  one dump's parts, made one by one by its ca
         stopping = time.monotonic()
         _stop_all(tasks, settings)
         stopped = time.monotonic()
-        problems = [problem for task in tasks for problem in task.look()[1]]
+        looks, problems = look_at_all([task.survey for task in tasks])
         refuse(settings.pid, problems)
-        for task in tasks:
-            task.dump(memory)
+        for task, look in zip(tasks, looks, strict=True):
+            task.dump(memory, look)
         memory.dump_shared()
+        images = [task.images for task in tasks if task.images is not None]
+        owners = find_owners({image.state.pid: image.descriptors for image in images})
         watch.check()
         if settings.after is After.RUN:
             for task in tasks:
                 task.release()
         frozen = time.monotonic() - stopped
         counts = memory.finish()
-        images = [task.images for task in tasks if task.images is not None]
         try:
-            for name, kind, records in compose(images, build_ids):
+            for name, kind, records in compose(images, owners, build_ids):
                 writer.write_small(name, kind.magics, kind.encode(records))
         except FileNotFoundError as error:
             raise DumpError(f"{error.filename}: in use by the task, but it is gone") from error

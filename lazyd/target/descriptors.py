@@ -14,6 +14,7 @@ import fcntl
 import os
 import stat
 import struct
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -28,6 +29,7 @@ _O_PATH = 0o10000000
 _MEMORY_DEVICES = {os.makedev(1, minor) for minor in (3, 5, 7, 8, 9)}  # null, zero, full, random, urandom
 _TTY_MAJOR_PTS = range(136, 144)
 _DELETED = " (deleted)"
+_LAST_STANDARD_STREAM = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -58,7 +60,8 @@ class DescriptorKind(Enum):
 
     FILE = 1  # a regular file, a directory, or a device that is the same whoever opens it
     TERMINAL = 2
-    OTHER = 3
+    PIPE = 3  # one end of it, as a standard stream; the other end is somebody else's
+    OTHER = 4
 
 
 class Terminal(NamedTuple):
@@ -117,6 +120,52 @@ def read_descriptors(pid: int) -> list[Descriptor]:
         os.close(pidfd)
 
 
+Owner = tuple[int, int]
+"""A pid and one of its descriptors."""
+
+
+def find_pipe_problems(tables: Mapping[int, Sequence[Descriptor]]) -> dict[Owner, str]:
+    """Say of which pipes the tasks hold more than an inherited stream: both ends, or bytes nobody has read yet."""
+    ends: dict[int, set[int]] = {}
+    for descriptors in tables.values():
+        for one in descriptors:
+            if one.kind is DescriptorKind.PIPE:
+                ends.setdefault(one.status.st_ino, set()).add(one.flags & os.O_ACCMODE)
+    problems = {}
+    for pid, descriptors in tables.items():
+        standard = {one.same_as for one in descriptors if one.fd <= _LAST_STANDARD_STREAM}
+        for one in descriptors:
+            if one.kind is not DescriptorKind.PIPE:
+                continue
+            if one.same_as not in standard:
+                problems[pid, one.fd] = "a pipe"
+            elif len(ends[one.status.st_ino]) > 1:
+                problems[pid, one.fd] = "a pipe with both ends in what is dumped"
+    return problems
+
+
+def find_owners(tables: Mapping[int, Sequence[Descriptor]]) -> dict[Owner, Owner]:
+    """Say of every descriptor of some stopped tasks which one stands for its open file: the first that has it."""
+    owners: dict[Owner, Owner] = {}
+    groups: dict[tuple[object, ...], list[Owner]] = {}
+    for pid, descriptors in tables.items():
+        for one in descriptors:
+            here = (pid, one.fd)
+            if one.same_as != one.fd:
+                owners[here] = owners[pid, one.same_as]
+                continue
+            status = one.status
+            alike = groups.setdefault((status.st_dev, status.st_ino, one.flags, one.position), [])
+            for other_pid, other_fd in alike:
+                if other_pid != pid and not kcmp(pid, other_pid, KCMP_FILE, one.fd, other_fd):
+                    owners[here] = (other_pid, other_fd)
+                    break
+            else:
+                alike.append(here)
+                owners[here] = here
+    return owners
+
+
 def _read_one(pid: int, pidfd: int, fd: int) -> Descriptor:
     link = f"/proc/{pid}/fd/{fd}"
     path = os.readlink(link)  # noqa: PTH115  the text as it is
@@ -139,6 +188,8 @@ def _read_one(pid: int, pidfd: int, fd: int) -> Descriptor:
             problem = _owner_problem(taken)
             if kind is DescriptorKind.TERMINAL:
                 terminal = _read_terminal(taken, status)
+            elif kind is DescriptorKind.PIPE and raw_flags & os.O_ACCMODE != os.O_WRONLY:
+                problem = problem or _unread_problem(taken)
         finally:
             os.close(taken)
     return Descriptor(
@@ -158,6 +209,8 @@ def _read_one(pid: int, pidfd: int, fd: int) -> Descriptor:
 def _classify(path: str, status: os.stat_result, flags: int) -> tuple[DescriptorKind, str]:
     """Say what is open, and why it cannot be opened again by its path; an empty reason if it can."""
     mode = status.st_mode
+    if path.startswith("pipe:"):
+        return DescriptorKind.PIPE, ""
     if not path.startswith("/"):
         return DescriptorKind.OTHER, _NAMES.get(path.partition(":")[0], "") or path.removeprefix("anon_inode:").strip(
             "[]"
@@ -179,7 +232,7 @@ def _classify(path: str, status: os.stat_result, flags: int) -> tuple[Descriptor
     return DescriptorKind.FILE, _moved(path, status)
 
 
-_NAMES = {"socket": "a socket", "pipe": "a pipe", "mnt": "a namespace", "net": "a namespace", "pid": "a namespace"}
+_NAMES = {"socket": "a socket", "mnt": "a namespace", "net": "a namespace", "pid": "a namespace"}
 
 
 def _moved(path: str, status: os.stat_result) -> str:
@@ -196,6 +249,13 @@ def _owner_problem(fd: int) -> str:
     assert isinstance(owner, bytes)
     _, pid = struct.unpack("ii", owner)
     return "signals about it go to an owner (F_SETOWN)" if pid or fcntl.fcntl(fd, _F_GETSIG) else ""
+
+
+def _unread_problem(fd: int) -> str:
+    import termios  # noqa: PLC0415  few tasks have such a pipe
+
+    (unread,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))
+    return f"a pipe with {unread} bytes in it that nobody has read" if unread else ""
 
 
 def _read_terminal(fd: int, status: os.stat_result) -> Terminal:

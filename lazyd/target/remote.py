@@ -20,7 +20,9 @@ Facts, and what follows:
 - A thread in a system call that is to be restarted (nanosleep, futex, poll) has the rest of it in its kernel state,
   which other system calls leave alone. The kernel restarts it only on the way out of an event stop: that is where the
   registers are put back. The code, which runs on if lazyd dies, jumps to the system call again itself.
-- Whoever steps by PTRACE_SYSCALL sees an entry and an exit stop for each system call.
+- A thread can be watched call by call (PTRACE_SYSCALL: two stops each), or let run through them: the last thing that
+  the code does before its end is to wait, for as long as a lazyd that lives needs to see that it does. It waits by
+  ppoll, which leaves no rest behind in the kernel, so that the rest of the thread's own system call stays.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import os
 import re
 import signal
 import struct
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +40,7 @@ from typing import NamedTuple
 
 from lazyd.errors import DumpError, SystemCallError
 from lazyd.target.tracing import (
+    PTRACE_CONT,
     PTRACE_EVENT_STOP,
     PTRACE_POKEDATA,
     PTRACE_SYSCALL,
@@ -49,7 +53,7 @@ from lazyd.target.tracing import (
 from lazyd.units import PAGE_SIZE, USER_SPACE_END
 
 # arch/x86/entry/syscalls/syscall_64.tbl
-SYS_MMAP, SYS_MUNMAP, SYS_RT_SIGPROCMASK, SYS_GETPID = 9, 11, 14, 39
+SYS_MMAP, SYS_MUNMAP, SYS_RT_SIGPROCMASK, SYS_GETPID, SYS_PPOLL = 9, 11, 14, 39, 271
 _PROT_READ_WRITE = 3
 _MAP_PRIVATE_ANONYMOUS_FIXED_NOREPLACE = 0x100022
 _SIG_SETMASK = 2
@@ -61,6 +65,8 @@ _LOWEST = 0x10000  # vm.mmap_min_addr as it ships
 _RECORD_BYTES = 80
 MOST_CALLS = 63  # at once: their records fill the first two pages of the scratch mapping
 _BUFFERS = 2 * PAGE_SIZE
+_WAIT_BELOW_BUFFERS = 1024  # where the time of the wait is; the results are above it
+_WAIT_S = 1
 
 
 class Call(NamedTuple):
@@ -269,8 +275,8 @@ class RemoteCalls:
         """Lay out some calls; the caller steps through them. Not while another batch is not at its end."""
         assert 0 < len(calls) <= MOST_CALLS, "too many calls for the scratch mapping"
         assert self._batch is None or self._batch.is_done, "the batch before is not at its end"
-        # One more than asked for: stopped at its entry, the code has stored the results of all others.
-        records = [*calls, Call(SYS_GETPID)]
+        # Two more than asked for: one whose result says that all others are there, and the wait.
+        records = [*calls, Call(SYS_GETPID), Call(SYS_PPOLL, (0, 0, self.buffers - _WAIT_BELOW_BUFFERS, 0))]
         start = self._room.scratch
         sinks = [self.buffers - 8 * (index + 1) for index in range(len(records))]
         words: list[list[int]] = []
@@ -287,11 +293,12 @@ class RemoteCalls:
         for index, (record, sink) in enumerate(zip(words, sinks, strict=True)):
             handler = self._code.step if index + 1 < len(records) else self._code.tail
             text += struct.pack("<10Q", *record, sink, start + (index + 1) * _RECORD_BYTES, handler)
-        self.write(start, text)
+        text += bytes(_BUFFERS - _WAIT_BELOW_BUFFERS - len(text)) + struct.pack("<QQ", _WAIT_S, 0)
+        self.write(start, text + bytes(_BUFFERS - len(text)))
         self._thread.write_registers(
             self._registers._replace(ip=self._code.step, bx=start, orig_ax=_NO_SYSTEM_CALL, ax=0)
         )
-        self._batch = Batch(self, sinks[:-1])
+        self._batch = Batch(self, sinks[:-1])  # that of the wait is nothing to anybody
         return self._batch
 
     def run(self, *calls: Call) -> list[int]:
@@ -316,6 +323,38 @@ class RemoteCalls:
                 number = 0
             elif number != signal.SIGSTOP:
                 raise DumpError(f"process {self._pid}: a system call made inside it ended in signal {number}")
+
+    def run_until(self, done: int) -> None:
+        """Let the thread run until there is something at `done` in its memory, and stop it where it waits then."""
+        request(PTRACE_CONT, self._thread.tid)
+        looks = 0
+        while not any(self.read(done, 8)):
+            pid, status = os.waitpid(self._thread.tid, WALL | os.WNOHANG)
+            if pid:
+                self._pass_on(status)
+            looks += 1
+            if looks < 20:
+                os.sched_yield()
+            else:
+                time.sleep(20e-6)
+        self._thread.interrupt()
+        while (status := self._wait()) >> 16 != PTRACE_EVENT_STOP:
+            self._thread.interrupt()
+            self._pass_on(status)
+        if not self._room.code <= self._thread.read_registers().ip < self._room.code + CODE_BYTES:
+            self._is_taken = False
+            raise DumpError(f"process {self._pid}: lazyd was kept from running for too long; try again")
+
+    def _pass_on(self, status: int) -> None:
+        """Let the thread go on from a stop that is none of ours: by a signal that no mask holds."""
+        if not os.WIFSTOPPED(status):
+            raise self._is_gone()
+        number = os.WSTOPSIG(status)
+        if status >> 16 == PTRACE_EVENT_STOP:
+            number = 0  # it is stopped again when it is let go
+        elif number != signal.SIGSTOP:
+            raise DumpError(f"process {self._pid}: a system call made inside it ended in signal {number}")
+        request(PTRACE_CONT, self._thread.tid, 0, number)
 
     def returned(self) -> int:
         """Return what the system call returned at whose exit the thread is."""
@@ -381,7 +420,7 @@ class Batch:
 
     def step(self) -> int:
         """Do the next call and return what it returned; the thread is stopped at its exit."""
-        assert self._done < len(self._sinks), "no call is left"
+        assert self._done + 1 < len(self._sinks), "no call is left"
         self._calls.to_next_stop()
         self._calls.to_next_stop()
         self._done += 1
@@ -390,14 +429,11 @@ class Batch:
     def finish(self) -> list[int]:
         """Do all calls that are left and return what each of the batch returned."""
         self.is_done = True
-        for _ in range(self._done, len(self._sinks)):
-            self._calls.to_next_stop()
-            self._calls.to_next_stop()
-        self._calls.to_next_stop()  # the entry of the call that is there to be stopped at
-        lowest = min(self._sinks)
-        text = self._calls.read(lowest, max(self._sinks) + 8 - lowest)
-        self._calls.to_next_stop()
-        return [struct.unpack_from("<q", text, sink - lowest)[0] for sink in self._sinks]
+        *sinks, done = self._sinks
+        self._calls.run_until(done)
+        lowest = min(sinks)
+        text = self._calls.read(lowest, max(sinks) + 8 - lowest)
+        return [struct.unpack_from("<q", text, sink - lowest)[0] for sink in sinks]
 
 
 def signed(value: int) -> int:

@@ -12,13 +12,22 @@ then it is quick: `Survey` keeps what does not change.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from lazyd.errors import DumpError
-from lazyd.target.descriptors import KCMP_FILES, KCMP_FS, KCMP_VM, Descriptor, DescriptorKind, kcmp, read_descriptors
+from lazyd.target.descriptors import (
+    KCMP_FILES,
+    KCMP_FS,
+    KCMP_VM,
+    Descriptor,
+    DescriptorKind,
+    find_pipe_problems,
+    kcmp,
+    read_descriptors,
+)
 from lazyd.target.mappings import Known, Mapping, read_mappings
 from lazyd.target.process import children
 from lazyd.target.tracing import state_of, status_fields, thread_ids
@@ -161,6 +170,8 @@ class Survey:
                     problems.append(Problem("memory", f"shared with process {other} ({_name(other)}) (vfork or clone)"))
                 if other and not kcmp(self.pid, other, KCMP_FILES):
                     problems.append(Problem("descriptors", f"shared with process {other} ({_name(other)}) (clone)"))
+                if other and not kcmp(self.pid, other, KCMP_FS):
+                    problems.append(Problem("directories", f"shared with process {other} ({_name(other)}) (clone)"))
         return problems
 
     def _of_mappings(self, mappings: list[Mapping]) -> list[Problem]:
@@ -183,6 +194,17 @@ def find_traced(tids: Iterable[int]) -> list[Problem]:
             if entry.isdigit() and int(status_fields(int(entry))["TracerPid"]) in tracers:
                 problems.append(Problem("ptrace", f"it traces process {entry} ({_name(int(entry))})"))
     return problems
+
+
+def look_at_all(surveys: Sequence[Survey]) -> tuple[list[Look], list[Problem]]:
+    """Look at tasks that are dumped together: what each is, and all that is beyond plain tasks."""
+    looks = [survey.look() for survey in surveys]
+    problems = [problem for look in looks for problem in look.problems]
+    tables = {survey.pid: look.descriptors for survey, look in zip(surveys, looks, strict=True)}
+    for (pid, fd), what in find_pipe_problems(tables).items():
+        path = next(one.path for one in tables[pid] if one.fd == fd)
+        problems.append(Problem(f"descriptor {fd} ({path})", what))
+    return looks, problems
 
 
 def refuse(pid: int, problems: list[Problem]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -223,3 +224,273 @@ def test_small_images_are_those_that_criu_writes(suite, programs, running, tmp_p
         assert found[name] == values, name
     pagemap = f"pagemap-{pid}.img"
     assert {entry["vaddr"] for entry in crit(suite, ours / pagemap)[1:]}
+
+
+# ---- real programs ----
+
+PYTHON = """
+import hashlib, os, random, sys, threading, time
+state = sys.argv[1]
+log = open(state + "/log", "a+b", buffering=0)
+blobs = [random.Random(number).randbytes(1 << 20) for number in range(24)]
+counts, wrong = [0] * 8, []
+def work(number):
+    expected = hashlib.sha256(blobs[number]).digest()
+    while not os.path.exists(state + "/go"):
+        counts[number] += 1
+        time.sleep(0.001 * number)
+    for _ in range(3):
+        if hashlib.sha256(blobs[number]).digest() != expected:
+            wrong.append(number)
+threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+for thread in threads:
+    thread.start()
+log.write(b"before\\n")
+while not all(counts):
+    time.sleep(0.01)
+open(state + "/ready", "w").close()
+for thread in threads:
+    thread.join()
+log.write(b"after\\n")
+log.seek(0)
+words = [random.Random(number).randbytes(1 << 20) for number in range(24)] == blobs and not wrong
+said = "ok" if words and log.read() == b"before\\nafter\\n" else "wrong"
+open(state + "/said", "w").write(said + "\\n")
+os.rename(state + "/said", state + "/result")
+"""
+SHELL = """
+exec 3>>"$1/log"; echo before >&3
+i=0; text=; while [ $i -lt 2000 ]; do text="$text$i,"; i=$((i + 1)); done
+trap 'caught=yes' USR1
+: >"$1/ready"
+while [ ! -e "$1/go" ]; do n=$((n + 1)); done
+kill -USR1 $$
+echo after >&3
+i=0; again=; while [ $i -lt 2000 ]; do again="$again$i,"; i=$((i + 1)); done
+said=wrong
+[ "$text" = "$again" ] && [ "$caught" = yes ] && [ "$(cat "$1/log")" = "$(printf 'before\\nafter')" ] && said=ok
+echo $said >"$1/said"; mv "$1/said" "$1/result"
+"""
+PERL = """
+use strict; my $state = shift; my %h = map { $_ => "x" x $_ } 1..2000; my $caught = 0; $SIG{ALRM} = sub { $caught++ };
+open(my $log, "+>>", "$state/log"); syswrite($log, "before\\n");
+open(my $ready, ">", "$state/ready"); close $ready;
+until (-e "$state/go") { select(undef, undef, undef, 0.002) }
+kill ALRM => $$; syswrite($log, "after\\n"); seek($log, 0, 0); my $text = join "", <$log>;
+my $good = !grep { length $h{$_} != $_ } keys %h;
+open(my $said, ">", "$state/said");
+$good &&= $caught && $text eq "before\\nafter\\n"; print $said ($good ? "ok\\n" : "wrong\\n");
+close $said; rename("$state/said", "$state/result");
+"""
+PROGRAMS = {
+    "python": [sys.executable, "-c", PYTHON],
+    "dash": ["dash", "-c", SHELL, "dash"],
+    "bash": ["bash", "-c", SHELL, "bash"],
+    "perl": ["perl", "-e", PERL],
+}
+
+
+@HOW
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_real_programs_come_back(suite, how, program, running, tmp_path):
+    words = PROGRAMS[program]
+    if shutil.which(words[0]) is None:
+        pytest.skip(f"no {program} here")
+    state = tmp_path / "state"
+    pid = harness.start_program([*words, str(state)], state)
+    running.append(pid)
+    images = tmp_path / "images"
+    lazyd("dump", "--pid", pid, "-D", images)
+    wait_gone(pid)
+    assert restore(harness.Checkpoint(suite, pid, images, state), how, tmp_path / "work") == "ok\n"
+
+
+FAMILY = """
+for n in 1 2; do mkdir -m 777 "$1/$n"; "$2" "$1/$n" 2 & done
+while [ ! -e "$1/1/ready" ] || [ ! -e "$1/2/ready" ]; do sleep 0.01; done
+: >"$1/ready"
+while [ ! -e "$1/go" ]; do n=$((n + 1)); done
+: >"$1/1/go"; : >"$1/2/go"
+wait
+cat "$1/1/result" "$1/2/result" | tr '\\n' ' ' >"$1/said"; echo >>"$1/said"; mv "$1/said" "$1/result"
+"""
+
+
+@HOW
+def test_a_family_comes_back(suite, how, programs, running, tmp_path):
+    state, images = tmp_path / "state", tmp_path / "images"
+    pid = harness.start_program(["dash", "-c", FAMILY, "dash", str(state), programs("plain")], state)
+    running.append(pid)
+    family = harness.descendants(pid)
+    assert len(family) == 2
+    refused = lazyd("dump", "--pid", pid, "-D", images, check=False)
+    assert refused.returncode == 1
+    assert "--tree dumps them too" in refused.stderr
+    lazyd("dump", "--tree", "--pid", pid, "-D", images)
+    harness.reap_group(pid)
+    assert lazyd("verify", images).stdout.endswith("good\n")
+    assert restore(harness.Checkpoint(suite, pid, images, state), how, tmp_path / "work") == "ok ok \n"
+
+
+def test_a_stopped_task_comes_back_stopped(suite, running, tmp_path):
+    state = tmp_path / "state"
+    pid = harness.start_program([*PROGRAMS["python"], str(state)], state)
+    running.append(pid)
+    os.kill(pid, signal.SIGSTOP)
+    harness.wait_until(lambda: state_of(pid) == "T", "the stop")
+    images, work = tmp_path / "images", tmp_path / "work"
+    lazyd("dump", "--pid", pid, "-D", images)
+    wait_gone(pid)
+    work.mkdir()
+    harness.criu_restore(suite, images, work, ())
+    harness.wait_until(lambda: state_of(pid) == "T", "the stop")
+    (state / "go").touch()
+    os.kill(pid, signal.SIGCONT)
+    harness.wait_until((state / "result").exists, "the verdict")
+    assert (state / "result").read_text() == "ok\n"
+
+
+TERMINAL = """
+import os, sys, termios, time
+state = sys.argv[1]
+settings = termios.tcgetattr(0)
+settings[3] &= ~termios.ECHO
+termios.tcsetattr(0, termios.TCSANOW, settings)
+print("before", flush=True)
+open(state + "/ready", "w").close()
+while not os.path.exists(state + "/go"):
+    time.sleep(0.002)
+print("after", os.ttyname(1) == os.ttyname(2), flush=True)
+open(state + "/said", "w").write("ok\\n")
+os.rename(state + "/said", state + "/result")
+"""
+
+
+def test_a_program_on_a_terminal_comes_back_on_another(suite, running, tmp_path):
+    """As a shell's job: `criu restore --shell-job` gives it the terminal that it has itself."""
+    state, images, work = tmp_path / "state", tmp_path / "images", tmp_path / "work"
+    state.mkdir()
+    work.mkdir()
+
+    def on_terminal(words):
+        pid, terminal = os.forkpty()
+        if not pid:
+            os.closerange(3, 256)
+            os.chdir("/")
+            os.execv(words[0], words)
+        return pid, terminal
+
+    def read_until(terminal, word):
+        said = b""
+        while word not in said:
+            said += os.read(terminal, 1000)
+        return said
+
+    pid, terminal = on_terminal([sys.executable, "-c", TERMINAL, str(state)])
+    running.append(pid)
+    harness.wait_until((state / "ready").exists, "the program")
+    read_until(terminal, b"before")
+    lazyd("dump", "--pid", pid, "-D", images)
+    wait_gone(pid)
+    os.close(terminal)
+    words = [harness.criu_command(suite), "restore", "-D", str(images), "-W", str(work), "--shell-job"]
+    restorer, terminal = on_terminal([*words, "-o", "restore.log", "-v1"])
+    running.append(restorer)
+    (state / "go").touch()
+    try:
+        harness.wait_until((state / "result").exists, "the verdict", 20)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{harness.tail(work / 'restore.log')}") from None
+    assert b"after True" in read_until(terminal, b"after True")
+    os.waitpid(restorer, 0)
+    os.close(terminal)
+
+
+BROTHERS = """
+exec 3>"$1/shared"
+printf zero, >&3
+(while [ ! -e "$1/go" ]; do n=$((n + 1)); done; printf one, >&3; : >"$1/one") &
+: >"$1/ready"
+while [ ! -e "$1/one" ]; do n=$((n + 1)); done
+printf two >&3
+wait
+mv "$1/shared" "$1/result"; echo >>"$1/result"
+"""
+
+
+def test_an_open_file_that_two_tasks_share_stays_one(suite, running, tmp_path):
+    """It has one position: what one writes comes behind what the other has written."""
+    state, images = tmp_path / "state", tmp_path / "images"
+    pid = harness.start_program(["dash", "-c", BROTHERS, "dash", str(state)], state)
+    running.append(pid)
+    lazyd("dump", "--tree", "--pid", pid, "-D", images)
+    harness.reap_group(pid)
+    assert restore(harness.Checkpoint(suite, pid, images, state), "eager", tmp_path / "work") == "zero,one,two\n"
+
+
+INHERITED = """
+echo before
+: >"$1/ready"
+while [ ! -e "$1/go" ]; do n=$((n + 1)); done
+read -r line
+echo "after $line"
+echo ok >"$1/said"; mv "$1/said" "$1/result"
+"""
+
+
+def test_standard_streams_that_are_pipes_are_inherited(suite, running, tmp_path):
+    """The other ends are ours; `criu restore --inherit-fd` gives the restored task new ones."""
+    state, images, work = tmp_path / "state", tmp_path / "images", tmp_path / "work"
+    state.mkdir()
+    work.mkdir()
+    pipe = subprocess.PIPE
+    words = ["dash", "-c", INHERITED, "dash", str(state)]
+    process = subprocess.Popen(
+        words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True, cwd="/"
+    )
+    running.append(process.pid)
+    harness.wait_until((state / "ready").exists, "the program")
+    assert process.stdout.readline() == b"before\n"
+    inodes = [os.fstat(end.fileno()).st_ino for end in (process.stdin, process.stdout)]
+    lazyd("dump", "--pid", process.pid, "-D", images)
+    process.wait()
+    (read_in, write_in), (read_out, write_out) = os.pipe(), os.pipe()
+    words = [harness.criu_command(suite), "restore", "-D", str(images), "-W", str(work), "--shell-job", "-d"]
+    for fd, inode in ((read_in, inodes[0]), (write_out, inodes[1])):
+        words += ["--inherit-fd", f"fd[{fd}]:pipe:[{inode}]"]
+    null = subprocess.DEVNULL
+    run = subprocess.run(
+        [*words, "-o", "restore.log", "-v1"],
+        stdin=null,
+        stdout=null,
+        stderr=null,
+        pass_fds=(read_in, write_out),
+        check=False,
+    )
+    assert run.returncode == 0, harness.tail(work / "restore.log")
+    os.close(read_in)
+    os.close(write_out)
+    (state / "go").touch()
+    os.write(write_in, b"line\n")
+    assert os.read(read_out, 100) == b"after line\n"
+    harness.wait_until((state / "result").exists, "the verdict")
+    os.close(write_in)
+    os.close(read_out)
+
+
+def test_pipes_that_are_no_inherited_streams_are_refused(running, tmp_path):
+    state, images = tmp_path / "state", tmp_path / "images"
+    state.mkdir()
+    script = ': >"$1/ready"; { while :; do n=1; done; } | { while :; do n=1; done; }'
+    pid = harness.start_program(["dash", "-c", script, "dash", str(state)], state)
+    running.append(pid)
+    harness.wait_until(lambda: len(harness.descendants(pid)) == 2, "the pipeline")
+    assert "both ends" in lazyd("dump", "--tree", "--pid", pid, "-D", images, check=False).stderr
+    process = subprocess.Popen(["sleep", "1000"], stdin=subprocess.PIPE, start_new_session=True, cwd="/")
+    running.append(process.pid)
+    process.stdin.write(b"unread")
+    process.stdin.flush()
+    process.returncode = 0
+    said = lazyd("dump", "--pid", process.pid, "-D", images, check=False).stderr
+    assert "6 bytes in it that nobody has read" in said
+    assert not images.exists()

@@ -418,20 +418,21 @@ def dying(limit, *words):
 
 @pytest.mark.parametrize("verb", ["dump", "pre-dump"])
 def test_a_killed_lazyd_leaves_the_task_running(start, verb, tmp_path):
-    """Killed before each step, in turn with steps of 7: each run must leave the task as it was, and no images."""
+    """Killed before each step, one in five: each run must leave the task as it was, and no images."""
     victim = start("registers", "nanosleep", "sigsuspend", "memory")
     words = [verb, "--pid", victim.pid, "-D"]
     extra = ["--leave-running"] if verb == "dump" else []
     whole = dying(10**9, *words, tmp_path / "whole", *extra)
     assert whole.returncode == 0, whole.stderr
     steps = int(whole.stdout)
-    assert steps > 300
+    assert steps > 100
     maps = len(Path(f"/proc/{victim.pid}/maps").read_text().splitlines())
-    for limit in range(0, steps, 7):
+    for limit in range(0, steps, 5):
         images = tmp_path / f"images{limit}"
         assert dying(limit, *words, images, *extra).returncode == -signal.SIGKILL
         wait_until(lambda: tracing.tracer_of(victim.pid) == 0, "the kernel to let go")
         assert tracing.state_of(victim.pid) in "RSD"
         assert not images.exists() or (images / "inventory.img").exists()
-    wait_until(lambda: len(Path(f"/proc/{victim.pid}/maps").read_text().splitlines()) == maps, "the mappings", 5)
+        # What it was in the middle of it finishes by itself.
+        wait_until(lambda: len(Path(f"/proc/{victim.pid}/maps").read_text().splitlines()) == maps, "the mappings", 5)
     assert victim.finish() == "ok\n"
