@@ -441,7 +441,7 @@ struct lz_page_pipe {
 	uint64_t lazy_pages;    /* of the dumped ones */
 };
 
-/* Append pages, which lie behind all that are in the pipe. 0 or -ENOMEM. */
+/* Append pages. 0, -ENOMEM, or -EINVAL if they do not lie behind all that are in the pipe. */
 int lz_pipe_add(struct lz_page_pipe *pipe, uint64_t start, uint64_t pages, int kind, int lazy);
 void lz_pipe_free(struct lz_page_pipe *pipe);
 

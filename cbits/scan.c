@@ -19,6 +19,8 @@
  *   category of their own from 6.15 on) and what is left of a write-protected page of a file mapping that was dropped.
  *   The last would look clean, though the task would read the file again. So every swapped page is looked up in the
  *   words, where a marker has a type of its own.
+ * - walk_end says where a scan stopped only if the kernel filled its own buffer (512 regions) at most once; so the
+ *   regions themselves say it.
  *
  * The order of decisions is the dump's contract: not mapped, zero, clean since the parent, else dumped.
  */
@@ -51,7 +53,9 @@ int lz_scan_ioctl(struct lz_scanner *scanner, const struct pm_scan_arg *what, ui
 	for (;;) {
 		int found = ioctl(scanner->pagemap, PAGEMAP_SCAN, &arg);
 		if (found >= 0) {
-			*stopped = (uint32_t)found < max_regions ? end : scanner->regions[found - 1].end;
+			/* Not walk_end: after more than 512 regions it still says where the last 512 began. */
+			bool is_full = max_regions && (uint32_t)found == max_regions;
+			*stopped = is_full ? scanner->regions[found - 1].end : end;
 			return found;
 		}
 		if (errno != EINTR && errno != EAGAIN)

@@ -120,8 +120,11 @@ class PagePipe:
             yield Run(run.start, run.pages, PageKind(run.kind), bool(run.lazy))
 
     def add(self, start: int, pages: int, kind: PageKind, *, lazy: bool = False) -> None:
-        """Append pages that lie behind all that is in the pipe."""
-        if lib.lz_pipe_add(self._raw, start, pages, kind, lazy) < 0:
+        """Append pages; ValueError if they do not lie behind all that is in the pipe."""
+        result = lib.lz_pipe_add(self._raw, start, pages, kind, lazy)
+        if result == -errno.EINVAL:
+            raise ValueError(f"{start:#x} does not lie behind what was added before")
+        if result < 0:
             raise MemoryError
 
     def pages(self, kind: PageKind) -> int:

@@ -188,6 +188,14 @@ def test_swapped_pages_are_dumped(victim, tmp_path):
     assert kinds(victim, at, 64) == [DUMPED] * 32 + [None] * 32
 
 
+@pytest.mark.parametrize("runs", [511, 512, 513, 1024, 4095, 4096, 4097, 8192, 20_000])
+def test_many_runs(victim, runs):
+    """More runs than the kernel, and than we, take at a time: none is lost, none comes twice."""
+    at = victim.map(BASE, 2 * runs)
+    victim.write(at, 2 * runs, 1, 2)
+    assert kinds(victim, at, 2 * runs) == [DUMPED, None] * runs
+
+
 def test_lazy_areas_and_areas_that_are_not(victim):
     at = victim.map(BASE, 6)
     victim.write(at, 6, 1)
