@@ -36,6 +36,7 @@ from lazyd.image.stats import DumpStats, write_stats
 from lazyd.image.writer import ImagesWriter
 from lazyd.report import Log, Show, human_seconds, version
 from lazyd.target.descriptors import find_owners
+from lazyd.target.mappings import find_guards
 from lazyd.target.process import children, descendants
 from lazyd.target.state import TaskState, read_state
 from lazyd.target.survey import Look, Survey, check_is_process, find_traced, look_at_all, refuse, started_at
@@ -108,7 +109,8 @@ class _Task:
         """Read its state and dump its memory; it is stopped."""
         assert self.stopped is not None
         state = read_state(self.stopped)
-        self.images = TaskImages(state, look.mappings, look.descriptors)
+        guards = find_guards(self.pid, look.mappings)
+        self.images = TaskImages(state, look.mappings, guards, look.descriptors)
         if self._settings.is_tracking and self.tracker is None:
             needs_uffd = tracker.needs_uffd()
             uffd = open_userfaultfd(self.stopped, UFFD_USER_MODE_ONLY) if needs_uffd else -1
@@ -209,6 +211,9 @@ def _dump_stopped(  # noqa: PLR0917  one dump's parts, made one by one by its ca
         write_stats(writer, _stats(counts, stopped - stopping, frozen), settings.form.dialect)
         watch.check()
         writer.publish()
+    for image in images:
+        if image.guards:
+            log.warning(f"process {image.state.pid} has guard pages: only criu 4.2 or later restores these images")
     # The images are there. Whatever fails from here on does not take them away.
     if settings.after is not After.RUN:
         for task in tasks:
