@@ -12,13 +12,12 @@
  * - A page that was only read is PFNZERO, huge or not. A zero page in a file mapping would differ from the file, so
  *   there it is dumped like any page of the task's own.
  * - A page of a private file mapping that the task has not written is FILE; its own copy is not.
- * - Where the walk has stopped (walk_end) is wrong after more than 512 regions, the kernel's own buffer: it may name
- * the end of an earlier part though all of the range was walked. A list that is not full is the whole range; one that
- * is full goes up to its last region.
  * - SWAPPED is said of real swap, of pages in migration, and of markers, which are no pages: guard pages (6.13; a
  *   category of their own from 6.15 on) and what is left of a write-protected page of a file mapping that was dropped.
  *   The last would look clean, though the task would read the file again. So every swapped page is looked up in the
  *   words, where a marker has a type of its own.
+ * - walk_end says where a scan stopped only if the kernel filled its own buffer (512 regions) at most once; so the
+ *   regions themselves say it.
  *
  * The order of decisions is the dump's contract: not mapped, zero, clean since the parent, else dumped.
  */
@@ -51,7 +50,9 @@ int lz_scan_ioctl(struct lz_scanner *scanner, const struct pm_scan_arg *what, ui
 	for (;;) {
 		int found = ioctl(scanner->pagemap, PAGEMAP_SCAN, &arg);
 		if (found >= 0) {
-			*stopped = (uint32_t)found < max_regions ? end : scanner->regions[found - 1].end;
+			/* Not walk_end: after more than 512 regions it still says where the last 512 began. */
+			bool is_full = max_regions && (uint32_t)found == max_regions;
+			*stopped = is_full ? scanner->regions[found - 1].end : end;
 			return found;
 		}
 		if (errno != EINTR && errno != EAGAIN)

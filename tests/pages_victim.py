@@ -161,14 +161,26 @@ class Victim:
             found.append(Mapping(start, end, words[1], int(words[2], 16), int(words[4]), path))
         return found
 
+    def _locked(self) -> set[int]:
+        """Where locked mappings start."""
+        found, start = set(), 0
+        for line in Path(f"/proc/{self.pid}/smaps").read_text().splitlines():
+            word = line.split(maxsplit=1)[0]
+            if not word.endswith(":"):
+                start = int(word.split("-")[0], 16)
+            elif word == "VmFlags:" and "lo" in line.split():
+                found.add(start)
+        return found
+
     def areas(self, start: int = 0, end: int = 1 << 47, *, lazy: bool = True) -> list[Area]:
-        """What of it is dumped, in a part of its address space."""
+        """What of it is dumped, in a part of its address space; locked memory is never lazy in CRIU."""
         found = []
+        locked = self._locked()
         for mapping in self.mappings():
             kind = mapping.kind
             if kind is None or mapping.start < start or mapping.end > end:
                 continue
-            can_wait = lazy and kind is AreaKind.PRIVATE_ANON
+            can_wait = lazy and kind is AreaKind.PRIVATE_ANON and mapping.start not in locked
             found.append(Area(mapping.start, mapping.end, kind, can_wait, mapping.inode, mapping.offset))
         return found
 

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: MIT
+"""Dump memory to a page server: criu's (`criu page-server`) or lazyd's own.
+
+One connection takes all images of a dump, one after the other. The server says whether it has a parent for an image
+when the image is opened, and checks parent holes itself. Headers are of one size for a connection; nothing tells a
+client which the server wants, and a server that gets the other one does not answer, or hangs up: then that is said.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from contextlib import suppress
+from types import TracebackType
+
+from lazyd.dump.core import PageKind, PagemapFormat, PagePipe, Progress, Source, stream_pages
+from lazyd.dump.transfer import Destination, MemoryImage, Transfer
+from lazyd.errors import DumpError, ProtocolError, SystemCallError
+from lazyd.image import ExtentTable
+from lazyd.wire import ClientParser, Command, Data, HeaderSize, Message, Reply, image_id
+
+_RECEIVE_BYTES = 4096
+DEFAULT_TIMEOUT_S = 30.0
+
+
+class PageServer(Destination):
+    """A connection to a page server. As a context manager it hangs up, whatever happened."""
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        peer: str,
+        form: PagemapFormat | None = None,
+        *,
+        header: HeaderSize | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        """Take over a connected stream socket; `peer` names it in errors. header None: as the format goes.
+
+        timeout_s: how long an answer, or room for more bytes, may take to come.
+        """
+        self.form = form or PagemapFormat()
+        self.peer = peer
+        self._socket = connection
+        self._socket.settimeout(timeout_s)
+        self._timeout_s = timeout_s
+        with suppress(OSError):  # not TCP
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._parser = ClientParser(peer, header or (HeaderSize.WIDE if self.form.wide else HeaderSize.NARROW))
+        self._is_failed = False
+        self._is_closed = False
+
+    @classmethod
+    def connect(
+        cls,
+        address: str,
+        port: int,
+        form: PagemapFormat | None = None,
+        *,
+        header: HeaderSize | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> PageServer:
+        """Connect by TCP; the rest as for the constructor."""
+        peer = f"{address}:{port}"
+        try:
+            connection = socket.create_connection((address, port), timeout_s)
+        except OSError as error:
+            raise SystemCallError("connect", error.errno or 0, path=peer, hint="is the page server up?") from error
+        return cls(connection, peer, form, header=header, timeout_s=timeout_s)
+
+    def open(self, image: MemoryImage, expected_bytes: int = 0) -> Transfer:
+        """Start an image; the server hears of it when its turn comes."""
+        del expected_bytes  # the other side's to make room for
+        return _Stream(image, self)
+
+    def open_image(self, destination: int) -> bool:
+        """Open an image at the server: what is sent next belongs to it. Return whether there is a parent for it."""
+        self.send(Message(Command.OPEN2, destination=destination))
+        return bool(self._reply("opening an image"))
+
+    def send(self, message: Message) -> None:
+        """Send a header."""
+        try:
+            self._socket.sendall(self._parser.send(message))
+        except OSError as error:
+            raise self._link_error("send", error) from error
+
+    def stream(self, pipe: PagePipe, source: Source, destination: int, progress: Progress) -> None:
+        """Send the runs of a pipe, and the bytes of the dumped ones."""
+        # The bytes are sent from C, by a blocking descriptor.
+        self._socket.settimeout(None)
+        try:
+            _set_send_timeout(self._socket, self._timeout_s)
+            stream_pages(
+                source,
+                pipe,
+                self._socket.fileno(),
+                dst_id=destination,
+                header_bytes=self._parser.header,
+                form=self.form,
+                progress=progress,
+            )
+        except OSError as error:
+            raise self._link_error("send", error) from error
+        except DumpError:
+            self._is_failed = True
+            raise
+        finally:
+            self._socket.settimeout(self._timeout_s)
+
+    def _link_error(self, call: str, error: OSError) -> SystemCallError:
+        self._is_failed = True
+        hint = "the page server hung up; its log may say why (is it of the other header size?)"
+        if isinstance(error, TimeoutError) or error.errno in (11, 110):
+            hint = f"the page server does not take anything for {self._timeout_s:g} s"
+        return SystemCallError(call, error.errno or 110, path=self.peer, hint=hint)
+
+    def _reply(self, doing: str) -> int:
+        while True:
+            event = self._parser.next_event()
+            if isinstance(event, Reply):
+                return event.value
+            if isinstance(event, Message | Data):
+                self._is_failed = True
+                raise ProtocolError(self.peer, f"pages in answer to {doing}")
+            try:
+                content = self._socket.recv(_RECEIVE_BYTES)
+            except OSError as error:
+                self._is_failed = True
+                reason = f"no answer to {doing}: {(error.strerror or str(error)).lower()}"
+                raise ProtocolError(self.peer, f"{reason}; is it of the other header size?") from error
+            if not content:
+                self._is_failed = True
+                raise ProtocolError(self.peer, f"hung up instead of answering to {doing}; its log may say why")
+            self._parser.feed(content)
+
+    def close(self) -> None:
+        """End the session and see that the server has all of it; a second call does nothing.
+
+        After a failure it hangs up without a word, so that the server does not take what it has for whole.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            if not self._is_failed:
+                self.send(Message(Command.FORCE_CLOSE))
+                status = self._reply("the end of the session")
+                if status:
+                    raise DumpError(f"{self.peer}: the page server could not keep all pages: it ended with {status}")
+        finally:
+            self._socket.close()
+
+    def abort(self) -> None:
+        """Hang up without ending the session; after close() this does nothing."""
+        self._is_failed = True
+        self.close()
+
+    def __enter__(self) -> PageServer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+
+class _Stream(Transfer):
+    """One image on its way through the connection.
+
+    It is opened at the server no sooner than something is asked of it: the server knows one image at a time, and
+    starts it anew when it is opened twice.
+    """
+
+    def __init__(self, image: MemoryImage, server: PageServer) -> None:
+        super().__init__(image)
+        self._server = server
+        self._destination = image_id(image.type, image.number)
+        self._has_parent: bool | None = None
+
+    @property
+    def parent(self) -> ExtentTable | None:
+        """What the server has is not known here."""
+        return None
+
+    @property
+    def may_have_parent_holes(self) -> bool:
+        """Say whether the server has a parent for this image."""
+        if self._has_parent is None:
+            self._has_parent = self._server.open_image(self._destination)
+        return self._has_parent
+
+    def write_hole(self, pipe: PagePipe) -> None:
+        """See that there is a parent at all; the server checks the rest."""
+        if pipe.pages(PageKind.PARENT) and not self.may_have_parent_holes:
+            raise DumpError(f"{self._server.peer}: has no parent of {self.image.pagemap_name} for its parent holes")
+
+    def write_pages(self, pipe: PagePipe, source: Source, progress: Progress) -> None:
+        """Send all: holes and pages in order of address."""
+        assert self.may_have_parent_holes is not None, "opened"
+        self._server.stream(pipe, source, self._destination, progress)
+
+    def write_pagemap(self, pipe: PagePipe) -> None:
+        """Nothing is left to do: the entries went with the pages."""
+
+    def close(self) -> None:
+        """Nothing to close: the connection is the destination's."""
+
+
+def _set_send_timeout(connection: socket.socket, seconds: float) -> None:
+    """Bound how long the kernel waits for room to send in (socket(7), SO_SNDTIMEO: a struct timeval)."""
+    timeout = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
