@@ -13,12 +13,14 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import harness
 import pytest
+from test_dump_memory import HEADERS, free_port, page_server
 
 from lazyd.target.tracing import state_of
 
@@ -548,3 +550,44 @@ def test_guard_pages_come_back(suite, how, running, tmp_path):
     wait_gone(pid)
     assert lazyd("verify", images).stdout.endswith("good\n")
     assert restore(harness.Checkpoint(suite, pid, images, state), how, tmp_path / "work") == "ok\n"
+
+
+@HOW
+def test_memory_goes_to_the_stock_page_server(suite, how, programs, running, tmp_path):
+    """The small images are here, the memory there; together they are the checkpoint."""
+    pid, state = start_plain(programs, running, tmp_path, 3)
+    images, remote = tmp_path / "images", tmp_path / "remote"
+    with page_server(suite, remote) as port:
+        to = ["--page-server", "--address", "127.0.0.1", "--port", port]
+        lazyd("dump", "--pid", pid, "-D", images, *to, "--page-server-header", HEADERS[suite].value)
+    wait_gone(pid)
+    assert not list(images.glob("pagemap-*"))
+    for path in remote.glob("pagemap-*.img"):
+        shutil.copy(path, images)
+    for path in remote.glob("pages-*.img"):
+        shutil.copy(path, images)
+    assert restore(harness.Checkpoint(suite, pid, images, state), how, tmp_path / "work") == "ok\n"
+
+
+def test_a_page_server_that_is_not_there_or_hangs_up(programs, running, tmp_path):
+    pid, state = start_plain(programs, running, tmp_path, 1)
+    images = tmp_path / "images"
+    to = ["--page-server", "--address", "127.0.0.1", "--port", free_port()]
+    said = lazyd("dump", "--pid", pid, "-D", images, *to, check=False)
+    assert said.returncode == 1
+    assert "is the page server up?" in said.stderr
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        to[-1] = server.getsockname()[1]
+        words = [LAZYD, "dump", "--pid", str(pid), "-D", str(images), *map(str, to)]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            connection, _ = server.accept()
+            connection.recv(24)
+            connection.close()
+            _, said = process.communicate(timeout=30)
+            assert process.returncode == 1
+            assert "hung up" in said
+            assert said.count("\n") == 1
+    assert not images.exists()
+    (state / "go").touch()
+    harness.wait_until((state / "result").exists, "the verdict")
+    assert (state / "result").read_text() == "ok\n"
