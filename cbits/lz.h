@@ -508,8 +508,11 @@ int lz_copy_file(int in, const struct lz_page_pipe *pipe, int out, uint64_t offs
 /* Add what a file of shared memory holds of [0, bytes) to a pipe. 0 or -errno. */
 int lz_scan_file(int fd, uint64_t bytes, struct lz_page_pipe *pipe);
 
-/* Reserve blocks for a file that is to become `bytes` long; its size stays. 0 or -errno. */
-int lz_reserve(int fd, uint64_t bytes);
+/*
+ * Make ready for a file that is to become `bytes` long: reserve its blocks, and give its first `warm_bytes` pages in
+ * the page cache by writing zeros, with up to `threads` threads. Its size is anything afterwards. 0 or -errno.
+ */
+int lz_reserve(int fd, uint64_t bytes, uint64_t warm_bytes, uint32_t threads);
 
 /* How entries are written. */
 struct lz_entry_format {

@@ -12,9 +12,6 @@
  * - A page that was only read is PFNZERO, huge or not. A zero page in a file mapping would differ from the file, so
  *   there it is dumped like any page of the task's own.
  * - A page of a private file mapping that the task has not written is FILE; its own copy is not.
- * - Where the walk has stopped (walk_end) is wrong after more than 512 regions, the kernel's own buffer: it may name
- * the end of an earlier part though all of the range was walked. A list that is not full is the whole range; one that
- * is full goes up to its last region.
  * - SWAPPED is said of real swap, of pages in migration, and of markers, which are no pages: guard pages (6.13; a
  *   category of their own from 6.15 on) and what is left of a write-protected page of a file mapping that was dropped.
  *   The last would look clean, though the task would read the file again. So every swapped page is looked up in the

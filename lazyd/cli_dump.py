@@ -48,6 +48,11 @@ def _make_parser(verbosity: type[argparse.Action]) -> _Parser:
     remote.add_argument("--page-server", action="store_true", help="send the memory there instead of writing it")
     remote.add_argument("--address", metavar="HOST")
     remote.add_argument("--port", metavar="N", type=int)
+    remote.add_argument(
+        "--page-server-header",
+        choices=("24", "32"),
+        help="bytes of its messages' headers: 24 for criu up to 4.1 (the default), 32 from 4.2 on",
+    )
     telling = parser.add_argument_group("telling")
     telling.add_argument("-o", "--log-file", metavar="FILE", type=Path, help="log to this file in the images' folder")
     telling.add_argument("--stats", metavar="FILE", type=Path, help="write what was dumped as JSON")
@@ -83,7 +88,16 @@ def parse(
     if given.auto_dedup and given.parent is None:
         raise UsageError(f"lazyd {verb}: --auto-dedup frees space in the parent: --parent DIR is needed")
     if given.page_server:
-        raise UsageError(f"lazyd {verb}: --page-server is not built yet")
+        if given.address is None or given.port is None:
+            raise UsageError(f"lazyd {verb}: --page-server: --address HOST and --port N are needed")
+        for name in ("parent", "auto_dedup", "track_mem"):
+            if getattr(given, name):
+                option = name.replace("_", "-")
+                raise UsageError(f"lazyd {verb}: --{option} is about images here, --page-server puts them elsewhere")
+        if verb == "pre-dump":
+            raise UsageError("lazyd pre-dump: --page-server: what is tracked is bound to images here")
+    elif given.address or given.port or given.page_server_header:
+        raise UsageError(f"lazyd {verb}: --address, --port and --page-server-header are for --page-server")
     return given
 
 
@@ -124,6 +138,7 @@ def run(
         is_tracking=is_pre_dump or given.track_mem,
         form=PagemapFormat(DIALECTS[given.pagemap_format]),
         auto_dedup=given.auto_dedup,
+        page_server=(given.address, given.port, int(given.page_server_header or 24)) if given.page_server else None,
         may_hold=may_hold,
         show=show,
     )

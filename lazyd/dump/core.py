@@ -295,9 +295,12 @@ def scan_file(fd: int, size: int, pipe: PagePipe) -> None:
         raise OSError(-result, os.strerror(-result))
 
 
-def reserve_blocks(fd: int, length: int) -> None:
-    """Reserve blocks for a file that is to become this long, without a size yet; OSError if they cannot be had."""
-    result = lib.lz_reserve(fd, length)
+def reserve(fd: int, length: int, *, warm: int, threads: int) -> None:
+    """Make ready for a file that is to become this long; OSError if there is no room for it.
+
+    Its blocks are reserved, and its first `warm` bytes have pages in the page cache. Its size is anything afterwards.
+    """
+    result = lib.lz_reserve(fd, length, warm, threads)
     if result < 0:
         raise OSError(-result, os.strerror(-result))
 

@@ -10,6 +10,8 @@ both; tests/criu/test_small_images.py holds the two to it, field by field:
   `root_ids`: the restored task stays in the namespaces of who restores it. Control groups are left alone the same way.
 - One open file is one record in files.img, whoever has descriptors for it. Mapped files, the program and the working
   directory are open files too, of which nobody has a descriptor.
+- Guard pages (MADV_GUARD_INSTALL) are listed behind the VMAs, as criu does from 4.2 on; 4.1 refuses such images, and
+  would restore pages without guard.
 - A standard stream that is a pipe is one end of it. `criu restore` makes a new pipe, or with --inherit-fd takes what it
   is given for pipe:[INODE].
 - A terminal is one record in tty-info.img; `criu restore --shell-job` replaces it by the one that it has itself.
@@ -59,7 +61,7 @@ _CGROUP_SET = 1
 _NOBODY = {"uid": 0, "euid": 0, "signum": 0, "pid_type": 0, "pid": 0}
 
 # Bits of a VMA's status.
-_REGULAR, _VSYSCALL, _VDSO, _HEAP, _VVAR = 1, 4, 8, 32, 1 << 12
+_REGULAR, _VSYSCALL, _VDSO, _HEAP, _VVAR, _GUARD = 1, 4, 8, 32, 1 << 12, 1 << 16
 _STATUS = {
     MappingKind.PRIVATE: _REGULAR | 1 << 9,
     MappingKind.PRIVATE_FILE: _REGULAR | 1 << 6,
@@ -76,6 +78,7 @@ class TaskImages(NamedTuple):
 
     state: TaskState
     mappings: list[Mapping]
+    guards: list[tuple[int, int]]
     descriptors: list[Descriptor]
 
 
@@ -484,10 +487,15 @@ def _mm(task: TaskImages, files: Files) -> Record:
         **limits,
         "exe_file_id": files.add_path(state.executable),
         "mm_saved_auxv": state.auxiliary_vector,
-        "vmas": [_vma(mapping, files) for mapping in task.mappings],
+        "vmas": [_vma(mapping, files) for mapping in task.mappings] + [_guard(*guard) for guard in task.guards],
         "dumpable": state.dumpable,
         "thp_disabled": state.huge_pages_disabled,
     }
+
+
+def _guard(start: int, end: int) -> Record:
+    fields = dict.fromkeys(("pgoff", "shmid", "prot", "flags"), 0)
+    return {"start": start, "end": end, "status": _GUARD, "fd": -1, **fields}
 
 
 def _vma(mapping: Mapping, files: Files) -> Record:

@@ -27,6 +27,7 @@ from lazyd.dump import tracker
 from lazyd.dump.areas import areas_of
 from lazyd.dump.images import BuildIds, TaskImages, compose
 from lazyd.dump.memory import LocalImages, MemoryCounts, MemoryDump, PagemapFormat
+from lazyd.dump.page_server import PageServer
 from lazyd.dump.tracker import Tracker
 from lazyd.dump.watch import Watch
 from lazyd.errors import DumpError, ImageError
@@ -36,12 +37,14 @@ from lazyd.image.stats import DumpStats, write_stats
 from lazyd.image.writer import ImagesWriter
 from lazyd.report import Log, Show, human_seconds, version
 from lazyd.target.descriptors import find_owners
+from lazyd.target.mappings import find_guards
 from lazyd.target.process import children, descendants
 from lazyd.target.state import TaskState, read_state
 from lazyd.target.survey import Look, Survey, check_is_process, find_traced, look_at_all, refuse, started_at
 from lazyd.target.tracing import StoppedTask, thread_ids
 from lazyd.target.userfault import UFFD_USER_MODE_ONLY, open_userfaultfd
 from lazyd.units import PAGE_SIZE, human_bytes
+from lazyd.wire import HeaderSize
 
 
 class After(Enum):
@@ -64,6 +67,8 @@ class Settings(NamedTuple):
     """Track writes from this dump on, for the next one on top of it."""
     form: PagemapFormat = PagemapFormat()
     auto_dedup: bool = False
+    page_server: tuple[str, int, int] | None = None
+    """Host, port and size of headers of whom the memory goes to; None: into the images."""
     may_hold: Sequence[str] = ()
     """Names that may be in the directory: our own log."""
     show: Show = Show.NOTHING
@@ -108,7 +113,8 @@ class _Task:
         """Read its state and dump its memory; it is stopped."""
         assert self.stopped is not None
         state = read_state(self.stopped)
-        self.images = TaskImages(state, look.mappings, look.descriptors)
+        guards = find_guards(self.pid, look.mappings)
+        self.images = TaskImages(state, look.mappings, guards, look.descriptors)
         if self._settings.is_tracking and self.tracker is None:
             needs_uffd = tracker.needs_uffd()
             uffd = open_userfaultfd(self.stopped, UFFD_USER_MODE_ONLY) if needs_uffd else -1
@@ -163,13 +169,22 @@ def _dump_tasks(settings: Settings, tasks: list[_Task], log: Log, begun: float) 
     for look in looks:
         build_ids.warm_up(mapping.file.path for mapping in look.mappings if mapping.file is not None)
     with ImagesWriter(settings.images, parent=settings.parent, may_hold=settings.may_hold) as writer:
-        destination = LocalImages(writer, settings.form, auto_dedup=settings.auto_dedup)
+        destination: LocalImages | PageServer
+        if settings.page_server is not None:
+            host, port, header = settings.page_server
+            destination = PageServer.connect(host, port, settings.form, header=HeaderSize(header))
+        else:
+            destination = LocalImages(writer, settings.form, auto_dedup=settings.auto_dedup)
         memory = MemoryDump(destination)
         try:
             for task in tasks:
                 is_incremental = task.tracker is not None and task.tracker.has_baseline
                 memory.prepare(task.pid, is_incremental=is_incremental)
             return _dump_stopped(settings, tasks, log, begun, writer, destination, memory, build_ids)
+        except BaseException:
+            if isinstance(destination, PageServer):
+                destination.abort()  # or it would take what it has for whole
+            raise
         finally:
             memory.close()
 
@@ -180,7 +195,7 @@ def _dump_stopped(  # noqa: PLR0917  one dump's parts, made one by one by its ca
     log: Log,
     begun: float,
     writer: ImagesWriter,
-    destination: LocalImages,
+    destination: LocalImages | PageServer,
     memory: MemoryDump,
     build_ids: BuildIds,
 ) -> Dumped:
@@ -209,6 +224,9 @@ def _dump_stopped(  # noqa: PLR0917  one dump's parts, made one by one by its ca
         write_stats(writer, _stats(counts, stopped - stopping, frozen), settings.form.dialect)
         watch.check()
         writer.publish()
+    for image in images:
+        if image.guards:
+            log.warning(f"process {image.state.pid} has guard pages: only criu 4.2 or later restores these images")
     # The images are there. Whatever fails from here on does not take them away.
     if settings.after is not After.RUN:
         for task in tasks:
@@ -216,7 +234,9 @@ def _dump_stopped(  # noqa: PLR0917  one dump's parts, made one by one by its ca
         frozen = time.monotonic() - stopped
         for task in tasks:
             task.release()
-    punched = destination.punch_parents() if settings.auto_dedup else 0
+    punched = 0
+    if isinstance(destination, LocalImages) and settings.auto_dedup:
+        punched = destination.punch_parents()
     if settings.is_tracking:
         for task in tasks:
             if task.tracker is None or not task.tracker.leave(writer.path, task.pagemap_name):

@@ -12,9 +12,10 @@ import abc
 import contextlib
 import enum
 import os
+from pathlib import Path
 from typing import NamedTuple
 
-from lazyd.dump.core import PageKind, PagemapFormat, PagePipe, Progress, Source, copy_pages, reserve_blocks
+from lazyd.dump.core import PageKind, PagemapFormat, PagePipe, Progress, Source, copy_pages, reserve
 from lazyd.errors import DumpError, SystemCallError
 from lazyd.image import ExtentTable
 from lazyd.image.parent import ParentTable, load_parent
@@ -112,7 +113,7 @@ class LocalImages(Destination):
         self._transfers: list[LocalTransfer] = []
 
     def open(self, image: MemoryImage, expected_bytes: int = 0) -> Transfer:
-        """Start an image: its parent is loaded whole, its pages image is made and its blocks reserved."""
+        """Start an image: its parent is loaded whole, its pages image is made and room reserved."""
         parent = None
         if self._writer.parent is not None:
             parent = load_parent(self._writer.parent, image.pagemap_name, self.form.dialect)
@@ -172,13 +173,14 @@ class LocalTransfer(Transfer):
         return self._parent is not None
 
     def reserve(self, expected_bytes: int) -> None:
-        """Reserve blocks, so that the filesystem need not look for them while the task is stopped.
+        """Have room and pages ready, so that neither is looked for while the task is stopped.
 
         Whatever is wrong here shows when the bytes are written, if they are that many at all.
         """
         if expected_bytes:
             with contextlib.suppress(OSError):
-                reserve_blocks(self._fd, expected_bytes)
+                warm = min(expected_bytes, _spare_memory())
+                reserve(self._fd, expected_bytes, warm=warm, threads=self.threads)
 
     def write_hole(self, pipe: PagePipe) -> None:
         """Check that the parent has the bytes of every parent hole, over its whole length."""
@@ -237,3 +239,15 @@ class LocalTransfer(Transfer):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _spare_memory() -> int:
+    """Return how many bytes of the page cache may be made dirty without a disk being set to work for it.
+
+    A tenth of what is available is where writing back begins (vm.dirty_background_ratio as it ships).
+    """
+    with Path("/proc/meminfo").open() as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return (int(line.split()[1]) << 10) // 10
+    return 0

@@ -47,6 +47,7 @@ MAP_HUGETLB = 0x40000
 VMA_VSYSCALL = 1 << 2
 VMA_VDSO = 1 << 3
 VMA_VVAR = 1 << 12
+VMA_GUARD = 1 << 16
 _STATUS_WORDS = (
     (1 << 1, "stack"),
     (VMA_VSYSCALL, "vsyscall"),
@@ -58,7 +59,6 @@ _STATUS_WORDS = (
     (VMA_VVAR, "vvar"),
     (1 << 13, "aio ring"),
     (1 << 14, "memfd"),
-    (1 << 16, "guard"),
     (1 << 8, "anonymous shared"),
     (1 << 9, "anonymous private"),
 )
@@ -207,13 +207,19 @@ class ImagesDirectory:
         return tasks
 
     def read_mm(self, pid: int) -> list[Vma]:
-        """Return the VMAs of a task, sorted and disjoint; FileNotFoundError if it has none (a zombie)."""
+        """Return the VMAs of a task, sorted and disjoint; FileNotFoundError if it has none (a zombie).
+
+        criu from 4.2 on lists guard pages (MADV_GUARD_INSTALL) behind them, as if they were VMAs: they are inside of
+        one, and nobody ever needs a page there.
+        """
         name = f"mm-{pid}.img"
         record = self._only_record(name, MM_MAGICS)
         mm = self._parse(name, record, _mm.Mm)
         vmas = []
         last_end = 0
         for vma in mm.vmas:
+            if vma.status & VMA_GUARD:
+                continue
             start, end = vma.start, vma.end
             area = f"the VMA {start:#x}-{end:#x}"
             reason = ""

@@ -10,9 +10,14 @@ vvar is in two parts on current kernels; images have it as one.
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
 import os
 import re
 import stat
+import struct
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +29,11 @@ MAP_GROWSDOWN, MAP_LOCKED, MAP_NORESERVE = 0x100, 0x2000, 0x4000
 _FLAGS = {b"gd": MAP_GROWSDOWN, b"lo": MAP_LOCKED, b"nr": MAP_NORESERVE}
 # madvise(2); images keep one bit a number.
 _ADVICE = {b"rr": 1, b"sr": 2, b"dc": 10, b"mg": 12, b"hg": 14, b"nh": 15, b"dd": 16, b"wf": 18}
+# VmFlags has `gu` from 6.18 on; guard pages are there from 6.13 on.
+_FLAGS_TELL_GUARDS = tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) >= (6, 18)
+# include/uapi/linux/fs.h: struct pm_scan_arg, struct page_region
+_PAGEMAP_SCAN, _GUARD = 0xC0606610, 1 << 8
+_SCAN, _REGION, _REGIONS = struct.Struct("12Q"), struct.Struct("3Q"), 512
 _DEVICE_ZERO = os.makedev(1, 5)
 
 
@@ -38,6 +48,9 @@ class MappingKind(Enum):
     VVAR = "vvar"
     VSYSCALL = "vsyscall"
     OTHER = "a mapping that is not memory"
+
+
+_MAY_BE_GUARDED = (MappingKind.PRIVATE, MappingKind.PRIVATE_FILE, MappingKind.SHARED, MappingKind.SHARED_FILE)
 
 
 class MappedFile(NamedTuple):
@@ -63,11 +76,42 @@ class Mapping(NamedTuple):
     file: MappedFile | None
     shared_inode: int
     problem: str
+    may_have_guards: bool
+    """Guard pages may be in it (MADV_GUARD_INSTALL): see find_guards."""
     is_write_protected: bool
     """Registered with a userfaultfd for write protection: a tracker's, ours or another's."""
 
     def __str__(self) -> str:
         return f"{self.start:#x}-{self.end:#x} {self.name or self.kind.value}"
+
+
+def find_guards(pid: int, mappings: Sequence[Mapping]) -> list[tuple[int, int]]:
+    """Return the ranges of guard pages in a stopped task's mappings.
+
+    Where the kernel does not know PAGEMAP_SCAN's category for them (before 6.15) there are none that can be seen.
+    """
+    found: list[tuple[int, int]] = []
+    areas = [mapping for mapping in mappings if mapping.may_have_guards and mapping.kind in _MAY_BE_GUARDED]
+    if not areas:
+        return found
+    regions = ctypes.create_string_buffer(_REGIONS * _REGION.size)
+    with Path(f"/proc/{pid}/pagemap").open("rb") as pagemap:
+        for area in areas:
+            at = area.start
+            while at < area.end:
+                asked = bytearray(
+                    _SCAN.pack(_SCAN.size, 0, at, area.end, 0, ctypes.addressof(regions), _REGIONS, 0, 0, *[_GUARD] * 3)
+                )
+                try:
+                    count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, asked)
+                except OSError as error:
+                    if error.errno in (errno.EINVAL, errno.ENOTTY):
+                        return []
+                    raise
+                got = [_REGION.unpack_from(regions.raw, index * _REGION.size)[:2] for index in range(count)]
+                found += got
+                at = got[-1][1] if count == _REGIONS else area.end
+    return found
 
 
 Known = dict[tuple[bytes, bytes], Mapping]
@@ -149,6 +193,7 @@ def _read_one(pid: int, header: list[bytes], words: frozenset[bytes]) -> Mapping
         file=file,
         shared_inode=shared_inode,
         problem=problem,
+        may_have_guards=b"gu" in words or not _FLAGS_TELL_GUARDS,
         is_write_protected=b"uw" in words,
     )
 

@@ -13,12 +13,14 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import harness
 import pytest
+from test_dump_memory import HEADERS, free_port, page_server
 
 from lazyd.target.tracing import state_of
 
@@ -494,3 +496,98 @@ def test_pipes_that_are_no_inherited_streams_are_refused(running, tmp_path):
     said = lazyd("dump", "--pid", process.pid, "-D", images, check=False).stderr
     assert "6 bytes in it that nobody has read" in said
     assert not images.exists()
+
+
+GUARDED = r"""
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+int main(int argc, char **argv)
+{
+	char path[1200];
+	if (argc != 2 || chdir(argv[1]))
+		return 2;
+	for (int fd = 3; fd < 256; fd++)
+		close(fd);
+	char *memory = mmap(NULL, 16 * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	memset(memory, 7, 16 * 4096);
+	if (madvise(memory + 2 * 4096, 3 * 4096, 102 /* MADV_GUARD_INSTALL */))
+		return 77;
+	mknod("ready", S_IFREG | 0644, 0);
+	while (access("go", F_OK))
+		usleep(2000);
+	int good = 1;
+	for (int page = 0; page < 16; page++) {
+		int status;
+		if (!fork())
+			_exit(*(volatile char *)(memory + page * 4096));
+		wait(&status);
+		good &= page < 2 || page > 4 ? WIFEXITED(status) && WEXITSTATUS(status) == 7 : WIFSIGNALED(status);
+	}
+	snprintf(path, sizeof(path), "echo %s >said && mv said result", good ? "ok" : "wrong");
+	return system(path);
+}
+"""
+
+
+@HOW
+def test_guard_pages_come_back(suite, how, running, tmp_path):
+    if suite == "trixie":
+        pytest.skip("criu 4.1.1 knows no guard pages")
+    source = tmp_path / "guarded.c"
+    source.write_text(GUARDED.replace("<stdio.h>", "<stdio.h>\n#include <stdlib.h>"))
+    program = harness.compile_c(source, tmp_path / "guarded")
+    state, images = tmp_path / "state", tmp_path / "images"
+    try:
+        pid = harness.start_program([str(program), str(state)], state)
+    except AssertionError:
+        pytest.skip("no MADV_GUARD_INSTALL here: Linux 6.13")
+    running.append(pid)
+    assert "only criu 4.2 or later" in lazyd("dump", "--pid", pid, "-D", images).stderr
+    wait_gone(pid)
+    assert lazyd("verify", images).stdout.endswith("good\n")
+    assert restore(harness.Checkpoint(suite, pid, images, state), how, tmp_path / "work") == "ok\n"
+
+
+@HOW
+def test_memory_goes_to_the_stock_page_server(suite, how, programs, running, tmp_path):
+    """The small images are here, the memory there; together they are the checkpoint."""
+    pid, state = start_plain(programs, running, tmp_path, 3)
+    images, remote = tmp_path / "images", tmp_path / "remote"
+    with page_server(suite, remote) as port:
+        to = ["--page-server", "--address", "127.0.0.1", "--port", port]
+        lazyd("dump", "--pid", pid, "-D", images, *to, "--page-server-header", HEADERS[suite].value)
+    wait_gone(pid)
+    assert not list(images.glob("pagemap-*"))
+    for path in remote.glob("pagemap-*.img"):
+        shutil.copy(path, images)
+    for path in remote.glob("pages-*.img"):
+        shutil.copy(path, images)
+    assert restore(harness.Checkpoint(suite, pid, images, state), how, tmp_path / "work") == "ok\n"
+
+
+def test_a_page_server_that_is_not_there_or_hangs_up(programs, running, tmp_path):
+    pid, state = start_plain(programs, running, tmp_path, 1)
+    images = tmp_path / "images"
+    to = ["--page-server", "--address", "127.0.0.1", "--port", free_port()]
+    said = lazyd("dump", "--pid", pid, "-D", images, *to, check=False)
+    assert said.returncode == 1
+    assert "is the page server up?" in said.stderr
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        to[-1] = server.getsockname()[1]
+        words = [LAZYD, "dump", "--pid", str(pid), "-D", str(images), *map(str, to)]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            connection, _ = server.accept()
+            connection.recv(24)
+            connection.close()
+            _, said = process.communicate(timeout=30)
+            assert process.returncode == 1
+            assert "hung up" in said
+            assert said.count("\n") == 1
+    assert not images.exists()
+    (state / "go").touch()
+    harness.wait_until((state / "result").exists, "the verdict")
+    assert (state / "result").read_text() == "ok\n"

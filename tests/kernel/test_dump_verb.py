@@ -179,6 +179,16 @@ def test_other_namespaces_are_refused(kind, tmp_path):
         (["dump", "--pid", "2", "-D", "x", "--track-mem"], "--leave-running"),
         (["dump", "--pid", "2", "-D", "x", "--auto-dedup"], "--parent DIR is needed"),
         (["dump", "--pid", "2", "-D", "x", "now"], "one word too many"),
+        (["dump", "--pid", "2", "-D", "x", "--page-server"], "--address HOST and --port N are needed"),
+        (["dump", "--pid", "2", "-D", "x", "--port", "1"], "are for --page-server"),
+        (
+            ["pre-dump", "--pid", "2", "-D", "x", "--page-server", "--address", "x", "--port", "1"],
+            "bound to images here",
+        ),
+        (
+            ["dump", "--pid", "2", "-D", "x", "--page-server", "--address", "h", "--port", "1", "--parent", "y"],
+            "--parent is",
+        ),
         (["dump", "--pid", "2", "-D", "x", "--nonsense"], "unrecognized"),
     ],
 )

@@ -72,15 +72,6 @@ def test_what_may_not_be_read_is_dumped_all_the_same(victim):
     assert kinds(victim, at, 4) == [DUMPED, DUMPED, ZERO, None]
 
 
-@pytest.mark.parametrize("runs", [511, 512, 513, 1025, 5000])
-def test_many_runs_of_one_page(victim, runs):
-    """More than the kernel's buffer of 512 regions holds, and more than ours of 4096."""
-    at = victim.map(BASE, 2 * runs)
-    for i in range(runs):
-        victim.write(at + 2 * i * PAGE, 1, 1)
-    assert kinds(victim, at, 2 * runs) == [DUMPED, None] * runs
-
-
 def test_huge_pages(victim):
     at = victim.map(BASE, 4 * HUGE)
     victim.advise(at, 4 * HUGE, pv.MADV_HUGEPAGE)

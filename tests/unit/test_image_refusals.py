@@ -295,6 +295,16 @@ def test_a_vma_that_is_none(tmp_path, vma, words):
     assert words in error.reason
 
 
+def test_guard_pages_are_no_vmas(tmp_path):
+    """criu 4.2.1 lists them behind all VMAs, those of MADV_GUARD_INSTALL, inside of which they are."""
+    directory = build_checkpoint(tmp_path / "i", [Task(10, [Entry(BASE, 2)])])
+    guard = {"start": BASE, "end": BASE + PAGE, "prot": 0, "flags": 0, "status": 1 << 16}
+    write_mm(directory / "mm-10.img", [{"start": BASE, "end": BASE + 2 * PAGE}, guard])
+    with load(directory) as checkpoint:
+        assert [(vma.start, vma.end) for vma in checkpoint.tasks[0].vmas] == [(BASE, BASE + 2 * PAGE)]
+    assert verify(directory) == []
+
+
 def test_files_that_are_missing(tmp_path):
     directory = build_checkpoint(tmp_path / "i", [Task(10, [Entry(BASE, 2)])])
     (directory / "pagemap-10.img").unlink()
