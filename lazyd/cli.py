@@ -177,7 +177,8 @@ def _default_configs() -> list[Path]:
     paths = [Path("/etc/criu/default.conf")]
     if home := os.environ.get("HOME"):
         paths.append(Path(home) / ".criu/default.conf")
-    return [path for path in paths if path.exists()]
+    # Not Path.exists(), which raises where a directory on the way may not be searched (su keeps HOME).
+    return [path for path in paths if os.path.exists(path)]  # noqa: PTH110
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

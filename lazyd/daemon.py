@@ -8,7 +8,9 @@ foreground: the parent of a --daemon leaves with 0 only when its child listens.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,11 +46,6 @@ class Announcement:
         self._status_fd = options.status_fd
         self._path = options.pidfile
         self._pidfile: int | None = None
-        if options.status_fd is not None:
-            try:
-                os.set_inheritable(options.status_fd, False)  # noqa: FBT003  its only way
-            except OSError as error:
-                raise SystemCallError(f"--status-fd {options.status_fd}", error.errno or 0) from error
         if self._path is not None:
             try:
                 self._pidfile = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
@@ -67,12 +64,42 @@ class Announcement:
             # Whoever waited there and has gone does not wait any more.
             with contextlib.suppress(OSError):
                 os.write(self._status_fd, b"\0")
-            os.close(self._status_fd)
+            if self._status_fd > 2:  # the next descriptor would take a standard stream's number, and get its lines
+                os.close(self._status_fd)
+
+
+def _check_outputs(status_fd: int | None, statistics_path: Path | None) -> None:
+    """Refuse what could not be written later.
+
+    Call it before anything is opened: a number that nobody passed would be one of our own descriptors then. The
+    statistics are written when the restore is over, which is too late to hear of a wrong path.
+    """
+    if status_fd is not None:
+        try:
+            os.set_inheritable(status_fd, False)  # noqa: FBT003  its only way
+        except (OSError, OverflowError) as error:
+            raise SystemCallError(f"--status-fd {status_fd}", getattr(error, "errno", errno.EBADF)) from error
+    if statistics_path is not None:
+        try:
+            if stat.S_ISDIR(statistics_path.parent.stat().st_mode) and not os.access(statistics_path.parent, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            if stat.S_ISDIR(statistics_path.stat().st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        except FileNotFoundError as error:
+            if not os.path.isdir(statistics_path.parent):  # noqa: PTH112  it does not raise
+                raise SystemCallError("--stats", errno.ENOENT, path=statistics_path) from error
+        except OSError as error:
+            raise SystemCallError("--stats", error.errno or 0, path=statistics_path) from error
 
 
 def serve(options: Options, log: Log) -> int:
     """Serve one restore and return the exit code."""
     statistics_path = options.statistics.absolute() if options.statistics is not None else None
+    try:
+        _check_outputs(options.status_fd, statistics_path)
+    except LazydError as error:
+        log.error(str(error))
+        return error.exit_code
     try:
         if options.log_file is not None:
             log.open(options.work / options.log_file)

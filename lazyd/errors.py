@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import errno as _errno
+import os as _os
 from pathlib import Path
 from typing import ClassVar
 
@@ -66,7 +67,9 @@ class SystemCallError(LazydError):
         self.path = path
         self.hint = hint
         text = f"{path}: " if path is not None else ""
-        text += f"{call}: {_errno.errorcode.get(number, str(number))}"
+        text += f"{call}: {_errno.errorcode.get(number, str(number))}, {_os.strerror(number).lower()}"
+        if number == _errno.EMFILE and not hint:
+            hint = "raise the limit: ulimit -n"
         super().__init__(f"{text} ({hint})" if hint else text)
 
 

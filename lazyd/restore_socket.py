@@ -236,8 +236,9 @@ class Listener:
             self._socket.close()
             with contextlib.suppress(OSError):
                 hidden.unlink()
-            call = "chdir to the work directory" if error.filename == str(work) else "listening"
-            raise SystemCallError(call, error.errno or 0, path=path) from error
+            if error.filename == str(work):
+                raise SystemCallError("chdir to the work directory", error.errno or 0, path=work) from error
+            raise SystemCallError("listening", error.errno or 0, path=path) from error
         except LazydError:
             self._socket.close()
             raise

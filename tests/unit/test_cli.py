@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -172,6 +173,40 @@ def test_pages_from_a_page_server_are_refused_in_one_line(served, capsys, option
     assert "not built yet" in error
     assert len(error.splitlines()) == 1
     assert not served
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("nowhere/stats.json", "ENOENT"), ("file/stats.json", "ENOTDIR"), ("folder", "EISDIR")],
+)
+def test_statistics_that_cannot_be_written_are_refused_at_once(capsys, tmp_path, name, says):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    assert cli.main(["-D", str(tmp_path), "--stats", name]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{tmp_path}/{name}: --stats: {says}, " in error
+
+
+@pytest.mark.parametrize("ahead", [0, 3, 10])
+def test_a_status_fd_that_nobody_passed_is_refused_whatever_is_opened_later(capsys, tmp_path, ahead):
+    free = os.open(tmp_path, os.O_RDONLY)
+    os.close(free)
+    number = free + ahead
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
+    assert cli.main(["-D", str(tmp_path), "--status-fd", str(number)]) == 1
+    assert f"--status-fd {number}: EBADF, bad file descriptor" in capsys.readouterr().err
+
+
+def test_a_home_that_may_not_be_searched_has_no_configuration(monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.undo()  # the fixture's, which replaces what is tested
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", refuse)
+        assert cli._default_configs() == []
 
 
 def test_the_version(capsys):
