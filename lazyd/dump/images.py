@@ -209,12 +209,17 @@ def _kernel_device(device: int) -> int:
     return os.major(device) << 8 | os.minor(device)
 
 
-def compose(tasks: list[TaskImages], build_ids: BuildIds) -> Iterator[tuple[str, SmallImage, list[Record]]]:
+def compose(
+    tasks: list[TaskImages], build_ids: BuildIds, inherited: dict[tuple[int, int], tuple[int, int]] | None = None
+) -> Iterator[tuple[str, SmallImage, list[Record]]]:
     """Yield name, kind and records of every small image of some tasks; the first is the root, parents come first.
+
+    inherited: the (pid, fd) whose open file is that of another (pid, fd), of a task before.
 
     What describes the memory itself (pagemap, pages) is not among them. OSError if a file is gone meanwhile.
     """
     files = Files(build_ids)
+    numbers: dict[tuple[int, int], int] = {}
     known = {task.state.pid for task in tasks}
     yield "inventory.img", SmallImage.INVENTORY, [_inventory()]
     yield "timens-0.img", SmallImage.TIMENS, [_clocks()]
@@ -225,7 +230,7 @@ def compose(tasks: list[TaskImages], build_ids: BuildIds) -> Iterator[tuple[str,
             record = _core(task.state, thread, is_leader=not index)
             yield f"core-{thread.tid}.img", SmallImage.CORE, [record]
         yield f"mm-{pid}.img", SmallImage.MM, [_mm(task, files)]
-        yield f"fdinfo-{number}.img", SmallImage.FDINFO, _descriptors(task, files)
+        yield f"fdinfo-{number}.img", SmallImage.FDINFO, _descriptors(task, files, inherited or {}, numbers)
         objects = dict.fromkeys(("vm_id", "files_id", "fs_id", "sighand_id"), number)
         yield f"ids-{pid}.img", SmallImage.IDS, [{**objects, **_NAMESPACES}]
         place = {
@@ -495,15 +500,21 @@ def _vma(mapping: Mapping, files: Files) -> Record:
     return record
 
 
-def _descriptors(task: TaskImages, files: Files) -> list[Record]:
-    numbers: dict[int, int] = {}
+def _descriptors(
+    task: TaskImages,
+    files: Files,
+    inherited: dict[tuple[int, int], tuple[int, int]],
+    numbers: dict[tuple[int, int], int],
+) -> list[Record]:
     records: list[Record] = []
     for descriptor in task.descriptors:
-        if descriptor.same_as not in numbers:
-            numbers[descriptor.same_as] = files.add_descriptor(descriptor)
+        own = task.state.pid, descriptor.same_as
+        first = inherited.get(own, own)
+        if first not in numbers:
+            numbers[first] = files.add_descriptor(descriptor)
         records.append(
             {
-                "id": numbers[descriptor.same_as],
+                "id": numbers[first],
                 "flags": int(descriptor.close_on_exec),
                 "type": _TYPE_TERMINAL if descriptor.kind is DescriptorKind.TERMINAL else _TYPE_REGULAR,
                 "fd": descriptor.fd,

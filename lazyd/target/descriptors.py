@@ -14,6 +14,7 @@ import fcntl
 import os
 import stat
 import struct
+from collections.abc import Iterable
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -115,6 +116,28 @@ def read_descriptors(pid: int) -> list[Descriptor]:
         return found
     finally:
         os.close(pidfd)
+
+
+def find_inherited(tasks: Iterable[tuple[int, list[Descriptor]]]) -> dict[tuple[int, int], tuple[int, int]]:
+    """Say which open files of some stopped tasks are an earlier one's too: (pid, fd) leads to that one's (pid, fd).
+
+    After fork(2) both have the same open file, with one position. Only the lowest descriptor in a task is named.
+    """
+    found: dict[tuple[int, int], tuple[int, int]] = {}
+    groups: dict[tuple[object, ...], list[tuple[int, int]]] = {}
+    for pid, descriptors in tasks:
+        for one in descriptors:
+            if one.same_as != one.fd:
+                continue
+            status = one.status
+            alike = groups.setdefault((status.st_dev, status.st_ino, one.flags, one.position), [])
+            for other, fd in alike:
+                if other != pid and not kcmp(pid, other, KCMP_FILE, one.fd, fd):
+                    found[pid, one.fd] = other, fd
+                    break
+            else:
+                alike.append((pid, one.fd))
+    return found
 
 
 def _read_one(pid: int, pidfd: int, fd: int) -> Descriptor:
