@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Sequence
 from enum import Enum
@@ -29,12 +30,13 @@ from lazyd.dump.images import BuildIds, TaskImages, compose
 from lazyd.dump.memory import LocalImages, MemoryCounts, MemoryDump, PagemapFormat
 from lazyd.dump.tracker import Tracker
 from lazyd.dump.watch import Watch
-from lazyd.errors import DumpError, ImageError
+from lazyd.errors import DumpError, ImageError, LazydError
 from lazyd.image.directory import ImagesDirectory
 from lazyd.image.pagemap import Dialect
 from lazyd.image.stats import DumpStats, write_stats
 from lazyd.image.writer import ImagesWriter
 from lazyd.report import Log, Show, human_seconds, version
+from lazyd.target.descriptors import Descriptor, find_inherited
 from lazyd.target.mappings import Mapping
 from lazyd.target.process import children, descendants
 from lazyd.target.state import TaskState, read_state
@@ -106,6 +108,11 @@ class _Task:
         self._look = look
         return look.mappings, look.problems
 
+    @property
+    def descriptors(self) -> list[Descriptor]:
+        """What the last look has found open."""
+        return self._look.descriptors
+
     def stop(self) -> None:
         """Stop it."""
         self.stopped = StoppedTask(self.pid)
@@ -156,6 +163,9 @@ def dump(settings: Settings, log: Log) -> Dumped:
         return _dump_tasks(settings, tasks, log, begun)
     except ProcessLookupError as error:
         raise DumpError(f"process {settings.pid} was killed while it was dumped: {error.strerror}") from error
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise DumpError(f"process {settings.pid}: {where}{error.strerror}; it was not dumped") from error
     finally:
         for task in tasks:
             task.close()
@@ -197,6 +207,7 @@ def _dump_stopped(  # noqa: PLR0917  one dump's parts, made one by one by its ca
         stopped = time.monotonic()
         problems = [problem for task in tasks for problem in task.look()[1]]
         refuse(settings.pid, problems)
+        inherited = find_inherited([(task.pid, task.descriptors) for task in tasks])
         for task in tasks:
             task.dump(memory)
         memory.dump_shared()
@@ -208,7 +219,7 @@ def _dump_stopped(  # noqa: PLR0917  one dump's parts, made one by one by its ca
         counts = memory.finish()
         images = [task.images for task in tasks if task.images is not None]
         try:
-            for name, kind, records in compose(images, build_ids):
+            for name, kind, records in compose(images, build_ids, inherited):
                 writer.write_small(name, kind.magics, kind.encode(records))
         except FileNotFoundError as error:
             raise DumpError(f"{error.filename}: in use by the task, but it is gone") from error
@@ -225,10 +236,21 @@ def _dump_stopped(  # noqa: PLR0917  one dump's parts, made one by one by its ca
     punched = destination.punch_parents() if settings.auto_dedup else 0
     if settings.is_tracking:
         for task in tasks:
-            if task.tracker is None or not task.tracker.leave(writer.path, task.pagemap_name):
-                log.warning(f"writes of process {task.pid} are not tracked: the next dump will be a full one")
+            reason = _leave(task, writer.path)
+            if reason is not None:
+                log.warning(f"writes of process {task.pid} are not tracked{reason}: the next dump will be a full one")
     times = Times(stopped - stopping, stopped - stopping + frozen, time.monotonic() - begun)
     return Dumped(settings, [image.state for image in images], counts, times, punched)
+
+
+def _leave(task: _Task, images: Path) -> str | None:
+    """Leave a task's tracking behind; return None, or why not. The images are there, so it is no failure of theirs."""
+    try:
+        if task.tracker is not None and task.tracker.leave(images, task.pagemap_name):
+            return None
+    except (OSError, LazydError, subprocess.SubprocessError) as error:
+        return f" ({error})"
+    return ""
 
 
 def _stop_all(tasks: list[_Task], settings: Settings) -> None:
