@@ -111,6 +111,7 @@ class Survey:
             mappings = read_mappings(self.pid, self._mappings)
             descriptors = read_descriptors(self.pid)
             problems = [*self._of_task(), *self._of_mappings(mappings), *self._of_descriptors(descriptors)]
+            problems += self._of_names(mappings, descriptors)
         except (FileNotFoundError, ProcessLookupError):
             raise DumpError(f"process {self.pid} has ended") from None
         except PermissionError as error:
@@ -121,8 +122,6 @@ class Survey:
     def _of_task(self) -> list[Problem]:
         problems: list[Problem] = []
         fields = status_fields(self.pid)
-        if fields.get("Seccomp", "0") != "0":
-            problems.append(Problem("seccomp", "the task has given up system calls"))
         if len(fields.get("NSpid", "").split()) > 1:
             problems.append(Problem("namespaces", "it is in another pid namespace"))
         problems += self._of_namespaces()
@@ -156,6 +155,12 @@ class Survey:
             if _task_flags(tid) & _PF_IO_WORKER:
                 problems.append(Problem(f"thread {tid}", "a worker of an io_uring"))
                 continue
+            with suppress(FileNotFoundError, ProcessLookupError):
+                if status_fields(tid).get("Seccomp", "0") != "0":  # each thread has its own filters
+                    where = "seccomp" if tid == self.pid else f"thread {tid}"
+                    problems.append(Problem(where, "has given up system calls (seccomp)"))
+                if not _is_text(Path(f"/proc/{self.pid}/task/{tid}/comm").read_bytes()):
+                    problems.append(Problem(f"thread {tid}", "its name is not UTF-8"))
             if tid == self.pid:
                 continue
             with suppress(ProcessLookupError):
@@ -179,6 +184,14 @@ class Survey:
         if not self._has_tracker and any(mapping.is_write_protected for mapping in mappings):
             problems.append(Problem("memory", "write-protected by somebody's userfaultfd"))
         return problems
+
+    def _of_names(self, mappings: list[Mapping], descriptors: list[Descriptor]) -> list[Problem]:
+        """Images hold names as text (protobuf's string), which is UTF-8."""
+        links = [os.fsencode(os.readlink(f"/proc/{self.pid}/{name}")) for name in ("exe", "cwd")]  # noqa: PTH115  bytes
+        mapped = {mapping.file.path for mapping in mappings if mapping.file is not None}
+        opened = {one.path for one in descriptors}
+        names = [*links, *map(os.fsencode, sorted(mapped | opened))]
+        return [Problem(f"file {name!r}", "its name is not UTF-8") for name in names if not _is_text(name)]
 
     @staticmethod
     def _of_descriptors(descriptors: list[Descriptor]) -> list[Problem]:
@@ -232,6 +245,13 @@ def _name(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
     return "?"
+
+
+def _is_text(name: bytes) -> bool:
+    with suppress(UnicodeDecodeError):
+        name.decode()
+        return True
+    return False
 
 
 def _confinement(pid: int) -> str:

@@ -49,6 +49,80 @@ def is_nothing_left(folder):
 
 # ---- what a task has beyond a plain one ----
 
+ODD = {
+    "seccomp": r"""
+import ctypes, threading, time
+def confine():
+    class Program(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
+    filters = (ctypes.c_uint64 * 1)(0x7fff000000000006)
+    libc.prctl(38, 1, 0, 0, 0)
+    assert libc.prctl(22, 2, ctypes.byref(Program(1, ctypes.addressof(filters)))) == 0
+    done.set(); time.sleep(1000)
+done = threading.Event()
+threading.Thread(target=confine, daemon=True).start(); done.wait()
+""",
+    "its name is not UTF-8": r"""libc.prctl(15, b"\xff\xfe", 0, 0, 0)""",
+    r"\xff": r"""keep = os.open(folder.encode() + b"/\xff", os.O_CREAT | os.O_RDWR)""",
+}
+
+
+@contextlib.contextmanager
+def running(folder, program):
+    """Run a Python program that makes itself odd; it is ready when this begins."""
+    head = "import ctypes, os, signal, sys\nlibc = ctypes.CDLL(None)\nfolder = sys.argv[1]\n"
+    tail = "\nos.close(os.open(folder + '/ready', os.O_CREAT))\nsignal.pause()\n"
+    null = subprocess.DEVNULL
+    command = [sys.executable, "-c", head + program + tail, str(folder)]
+    process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
+    try:
+        wait_until((folder / "ready").exists, "the program")
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.parametrize("said", ODD)
+def test_what_images_cannot_say_is_refused(said, tmp_path):
+    """A filter of one thread alone, and names that are no text, which protobuf's strings cannot hold."""
+    with running(tmp_path, ODD[said]) as process:
+        assert said in refused("dump", "--pid", process.pid, "-D", tmp_path / "images")
+        assert process.poll() is None
+    assert is_nothing_left(tmp_path)
+
+
+def test_too_few_descriptors_of_our_own(tmp_path):
+    """What fails in an unforeseen way is one line too."""
+    with running(tmp_path, "") as process:
+        words = [LAZYD, "dump", "--pid", str(process.pid), "-D", str(tmp_path / "images")]
+        shell = ["sh", "-c", 'ulimit -n 6; exec "$@"', "sh", *words]
+        run = subprocess.run(shell, capture_output=True, text=True, check=False, timeout=60)
+        assert run.returncode == 1
+        assert "Too many open files" in run.stderr
+        assert "Traceback" not in run.stderr
+        assert process.poll() is None
+
+
+def test_an_inherited_file_is_one_open_file(tmp_path):
+    """Parent and child have one position in a file that was open at fork, and another where both opened it."""
+    program = """
+kept = os.open(folder + "/inherited", os.O_CREAT | os.O_WRONLY)
+child = os.fork()
+own = os.open(folder + "/opened", os.O_CREAT | os.O_WRONLY)
+if not child:
+    signal.pause()
+while len(os.listdir(f"/proc/{child}/fd")) < len(os.listdir("/proc/self/fd")) - 1:
+    pass
+"""
+    with running(tmp_path, program) as process:
+        run = lazyd("dump", "--pid", process.pid, "-D", tmp_path / "images", "--tree", "--leave-running")
+        assert run.returncode == 0, run.stderr
+    content = (tmp_path / "images" / "files.img").read_bytes()
+    assert content.count(b"/inherited") == 1
+    assert content.count(b"/opened") == 2
+
+
 EVERYTHING = r"""
 import ctypes, fcntl, mmap, os, select, signal, socket, struct, sys
 libc = ctypes.CDLL(None, use_errno=True)
