@@ -11,6 +11,7 @@
 #include <linux/types.h>
 #include <linux/userfaultfd.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 
 #ifndef UFFD_USER_MODE_ONLY
 #define UFFD_USER_MODE_ONLY 1
@@ -73,6 +74,10 @@ struct pm_scan_arg {
 #endif
 #ifndef PAGE_IS_GUARD /* 6.15 */
 #define PAGE_IS_GUARD (1 << 8)
+#endif
+
+#ifndef MADV_POPULATE_WRITE /* 5.14, asm-generic/mman-common.h */
+#define MADV_POPULATE_WRITE 23
 #endif
 
 /* Words of /proc/PID/pagemap. Bits 0 to 54 are the frame; of a page that is swapped, 5 bits of type and an offset. */

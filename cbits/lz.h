@@ -496,23 +496,32 @@ struct lz_copy_state {
 	uint32_t cancel;  /* set by anyone: give up with -ECANCELED */
 };
 
-/*
- * Copy the dumped pages of a task into its pages image behind `out`, from byte `offset` on, with up to `threads`
- * threads. Reads what the task itself may not read, too. 0 or -errno, then *state says what and where.
+/* Where the first bytes of a pages image are mapped, for copies straight into the page cache. Start with a zeroed one.
  */
-int lz_copy_pages(int pid, const struct lz_page_pipe *pipe, int out, uint64_t offset, uint32_t threads,
+struct lz_room {
+	uint8_t *map;
+	uint64_t bytes;
+};
+
+/*
+ * Make room for a pages image that is to become `bytes` long: reserve its blocks, and have pages in the page cache for
+ * the first `warm_bytes`, in *room. The file's size is anything afterwards. 0 or -errno; then *room may be empty.
+ */
+int lz_room_make(int fd, uint64_t bytes, uint64_t warm_bytes, struct lz_room *room);
+void lz_room_free(struct lz_room *room);
+
+/*
+ * Copy the dumped pages of a task into its pages image behind `out`, with up to `threads` threads, by way of the room
+ * that was made for it as far as that goes. Reads what the task itself may not read, too. 0 or -errno, then *state
+ * says what and where.
+ */
+int lz_copy_pages(int pid, const struct lz_page_pipe *pipe, int out, const struct lz_room *room, uint32_t threads,
 		  struct lz_copy_state *state);
 /* The same from a file (shared memory), where the runs' addresses are offsets. */
-int lz_copy_file(int in, const struct lz_page_pipe *pipe, int out, uint64_t offset, uint32_t threads,
+int lz_copy_file(int in, const struct lz_page_pipe *pipe, int out, const struct lz_room *room, uint32_t threads,
 		 struct lz_copy_state *state);
 /* Add what a file of shared memory holds of [0, bytes) to a pipe. 0 or -errno. */
 int lz_scan_file(int fd, uint64_t bytes, struct lz_page_pipe *pipe);
-
-/*
- * Make ready for a file that is to become `bytes` long: reserve its blocks, and give its first `warm_bytes` pages in
- * the page cache by writing zeros, with up to `threads` threads. Its size is anything afterwards. 0 or -errno.
- */
-int lz_reserve(int fd, uint64_t bytes, uint64_t warm_bytes, uint32_t threads);
 
 /* How entries are written. */
 struct lz_entry_format {

@@ -295,14 +295,25 @@ def scan_file(fd: int, size: int, pipe: PagePipe) -> None:
         raise OSError(-result, os.strerror(-result))
 
 
-def reserve(fd: int, length: int, *, warm: int, threads: int) -> None:
-    """Make ready for a file that is to become this long; OSError if there is no room for it.
+class Room:
+    """Room for a pages image, made before the task is stopped: blocks on the disk, pages in the page cache."""
 
-    Its blocks are reserved, and its first `warm` bytes have pages in the page cache. Its size is anything afterwards.
-    """
-    result = lib.lz_reserve(fd, length, warm, threads)
-    if result < 0:
-        raise OSError(-result, os.strerror(-result))
+    def __init__(self) -> None:
+        self._raw = ffi.gc(ffi.new("struct lz_room *"), lib.lz_room_free)
+
+    def make(self, fd: int, length: int, *, warm: int) -> None:
+        """Make room for a file that is to become this long, of which `warm` bytes get their pages; once.
+
+        The file's size is anything afterwards. OSError if there is no room, or none of this kind: then the file is
+        written as any other.
+        """
+        result = lib.lz_room_make(fd, length, warm & -PAGE_SIZE, self._raw)
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+
+    def close(self) -> None:
+        """Let go of the pages, which stay the file's; a second call does nothing."""
+        lib.lz_room_free(self._raw)
 
 
 class Source(NamedTuple):
@@ -341,12 +352,12 @@ class Progress:
         return DumpError(f"shared memory: the page at offset {address:#x} cannot be read ({why}); nothing was dumped")
 
 
-def copy_pages(source: Source, pipe: PagePipe, fd: int, *, threads: int, progress: Progress) -> None:
+def copy_pages(source: Source, pipe: PagePipe, fd: int, *, room: Room, threads: int, progress: Progress) -> None:
     """Copy the dumped pages of a pipe into the pages image behind fd; errors as Progress.error() returns them."""
     if source.pid:
-        result = lib.lz_copy_pages(source.pid, pipe._raw, fd, 0, threads, progress._raw)
+        result = lib.lz_copy_pages(source.pid, pipe._raw, fd, room._raw, threads, progress._raw)
     else:
-        result = lib.lz_copy_file(source.fd, pipe._raw, fd, 0, threads, progress._raw)
+        result = lib.lz_copy_file(source.fd, pipe._raw, fd, room._raw, threads, progress._raw)
     if result < 0:
         raise progress.error(source)
 

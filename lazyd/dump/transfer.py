@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from lazyd.dump.core import PageKind, PagemapFormat, PagePipe, Progress, Source, copy_pages, reserve
+from lazyd.dump.core import PageKind, PagemapFormat, PagePipe, Progress, Room, Source, copy_pages
 from lazyd.errors import DumpError, SystemCallError
 from lazyd.image import ExtentTable
 from lazyd.image.parent import ParentTable, load_parent
@@ -161,6 +161,7 @@ class LocalTransfer(Transfer):
         self._pipe: PagePipe | None = None
         self._pages_path = writer.path / f"pages-{pages_id}.img"
         self._fd = writer.create(self._pages_path.name)
+        self._room = Room()
 
     @property
     def parent(self) -> ExtentTable | None:
@@ -179,8 +180,7 @@ class LocalTransfer(Transfer):
         """
         if expected_bytes:
             with contextlib.suppress(OSError):
-                warm = min(expected_bytes, _spare_memory())
-                reserve(self._fd, expected_bytes, warm=warm, threads=self.threads)
+                self._room.make(self._fd, expected_bytes, warm=min(expected_bytes, _spare_memory()))
 
     def write_hole(self, pipe: PagePipe) -> None:
         """Check that the parent has the bytes of every parent hole, over its whole length."""
@@ -197,14 +197,15 @@ class LocalTransfer(Transfer):
     def write_pages(self, pipe: PagePipe, source: Source, progress: Progress) -> None:
         """Copy the dumped pages into the pages image."""
         try:
-            copy_pages(source, pipe, self._fd, threads=self.threads, progress=progress)
+            copy_pages(source, pipe, self._fd, room=self._room, threads=self.threads, progress=progress)
         except OSError as error:
             raise write_error("write", self._pages_path, error) from error
         self._pipe = pipe
 
     def write_pagemap(self, pipe: PagePipe) -> None:
-        """Write the pagemap image, and give back blocks that were reserved and not needed."""
+        """Write the pagemap image, and give back the room that was not needed."""
         name = self.image.pagemap_name
+        self._room.close()
         try:
             os.ftruncate(self._fd, pipe.dumped_bytes)
         except OSError as error:
@@ -236,6 +237,7 @@ class LocalTransfer(Transfer):
 
     def close(self) -> None:
         """Close the pages image."""
+        self._room.close()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

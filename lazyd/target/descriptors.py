@@ -20,6 +20,8 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
+from lazyd.target.mappings import DELETED, path_problem
+
 _SYS_KCMP, _SYS_PIDFD_GETFD = 312, 438
 KCMP_FILE, KCMP_VM, KCMP_FILES, KCMP_FS, KCMP_SIGHAND = range(5)
 _F_GETSIG, _F_GETOWN_EX = 11, 16
@@ -28,7 +30,6 @@ _O_PATH = 0o10000000
 # linux/Documentation/admin-guide/devices.txt
 _MEMORY_DEVICES = {os.makedev(1, minor) for minor in (3, 5, 7, 8, 9)}  # null, zero, full, random, urandom
 _TTY_MAJOR_PTS = range(136, 144)
-_DELETED = " (deleted)"
 _LAST_STANDARD_STREAM = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -225,22 +226,14 @@ def _classify(path: str, status: os.stat_result, flags: int) -> tuple[Descriptor
         return DescriptorKind.OTHER, "a device"
     if stat.S_ISBLK(mode) or stat.S_ISSOCK(mode) or stat.S_ISLNK(mode):
         return DescriptorKind.OTHER, "a device, socket or symbolic link"
-    if path.endswith(_DELETED):
+    if path.endswith(DELETED):
         return DescriptorKind.FILE, "its file is deleted"
     if flags & _O_PATH:
         return DescriptorKind.FILE, "opened with O_PATH"
-    return DescriptorKind.FILE, _moved(path, status)
+    return DescriptorKind.FILE, path_problem(path, status)
 
 
 _NAMES = {"socket": "a socket", "mnt": "a namespace", "net": "a namespace", "pid": "a namespace"}
-
-
-def _moved(path: str, status: os.stat_result) -> str:
-    """Say that a path no longer leads to the file; empty if it does. The task's root is ours: else it is refused."""
-    with suppress(OSError):
-        if os.path.samestat(status, os.stat(path)):  # noqa: PTH116  quick
-            return ""
-    return "its path leads elsewhere now"
 
 
 def _owner_problem(fd: int) -> str:

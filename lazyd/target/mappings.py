@@ -165,10 +165,10 @@ def _read_one(pid: int, header: list[bytes], words: frozenset[bytes]) -> Mapping
     problem = ""
     kind = _KERNEL_NAMES.get(name)
     if kind is None and int(header[4]):
-        file = _read_file(pid, header[0].decode())
-        problem = _file_problem(file.path, is_shared=is_shared)
+        file, status = _read_file(pid, header[0].decode())
+        problem = _file_problem(file.path, status, is_shared=is_shared)
         kind = MappingKind.SHARED_FILE if is_shared else MappingKind.PRIVATE_FILE
-        if not problem and is_shared and file.path.endswith(_DELETED):
+        if not problem and is_shared and file.path.endswith(DELETED):
             kind, shared_inode, file = MappingKind.SHARED, file.inode, None
         elif not problem and _is_device_zero(pid, header[0].decode()):
             kind, file = (MappingKind.PRIVATE, None) if not is_shared else (MappingKind.OTHER, file)
@@ -214,7 +214,8 @@ _PROBLEMS = {
     b"sl": "sealed (mseal)",
     b"ss": "a shadow stack",
 }
-_DELETED = " (deleted)"
+DELETED = " (deleted)"
+"""What the kernel writes behind the path of a file that has none any more."""
 _SHARED_MEMORY = ("/dev/zero (", "/memfd:")
 _NAMED_PROBLEMS = {
     "/SYSV": "System V shared memory",
@@ -228,13 +229,27 @@ _NAMED_PROBLEMS = {
 }
 
 
-def _read_file(pid: int, area: str) -> MappedFile:
+def path_problem(path: str, status: os.stat_result) -> str:
+    """Say why a file cannot be found again by its path; empty if it can. A task of another root is refused before."""
+    try:
+        path.encode()
+        if os.path.samestat(status, os.stat(path)):  # noqa: PTH116  text as it is
+            return ""
+    except UnicodeEncodeError:
+        return "its path is not UTF-8, and images hold no other"
+    except OSError:
+        pass
+    return "its path leads elsewhere now"
+
+
+def _read_file(pid: int, area: str) -> tuple[MappedFile, os.stat_result]:
     """Follow the link of a mapping; proc(5): it needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN."""
     link = f"/proc/{pid}/map_files/" + "-".join(part.lstrip("0") or "0" for part in area.split("-"))
     mode = os.lstat(link).st_mode
     path = os.readlink(link)  # noqa: PTH115  Path would drop a final slash and cost
     status = os.stat(link)  # noqa: PTH116  the same
-    return MappedFile(path, status.st_dev, status.st_ino, os.O_RDWR if mode & stat.S_IWUSR else os.O_RDONLY)
+    open_flags = os.O_RDWR if mode & stat.S_IWUSR else os.O_RDONLY
+    return MappedFile(path, status.st_dev, status.st_ino, open_flags), status
 
 
 def _is_device_zero(pid: int, area: str) -> bool:
@@ -242,15 +257,15 @@ def _is_device_zero(pid: int, area: str) -> bool:
     return stat.S_ISCHR(status.st_mode) and status.st_rdev == _DEVICE_ZERO
 
 
-def _file_problem(path: str, *, is_shared: bool) -> str:
+def _file_problem(path: str, status: os.stat_result, *, is_shared: bool) -> str:
     """Say why a mapped file cannot be mapped again by its path; empty if it can."""
-    if is_shared and path.startswith(_SHARED_MEMORY) and path.endswith(_DELETED):
+    if is_shared and path.startswith(_SHARED_MEMORY) and path.endswith(DELETED):
         return ""
     for prefix, text in _NAMED_PROBLEMS.items():
         if path.startswith(prefix):
             return text
-    if path.endswith(_DELETED):
+    if path.endswith(DELETED):
         return "its file is deleted"
     if path.startswith("/dev/") and path != "/dev/zero":
         return "memory of a device"
-    return ""
+    return path_problem(path, status)

@@ -388,7 +388,11 @@ def _read_thread(pid: int, thread: Thread, answers: _Answers) -> ThreadState:
         raise DumpError(f"thread {thread.tid} of process {pid} has deadlines (SCHED_DEADLINE): no image can hold that")
     return ThreadState(
         tid=thread.tid,
-        name=Path(f"/proc/{pid}/task/{thread.tid}/comm").read_bytes()[:-1].decode(errors="surrogateescape"),
+        # Images hold UTF-8 only: another name comes back with question marks.
+        name=Path(f"/proc/{pid}/task/{thread.tid}/comm")
+        .read_bytes()[:-1]
+        .decode(errors="replace")
+        .replace("\ufffd", "?"),
         registers=thread.registers(),
         xstate=xstate.parse(thread.xstate()),
         segments=_read_segments(thread),

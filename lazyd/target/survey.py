@@ -28,7 +28,7 @@ from lazyd.target.descriptors import (
     kcmp,
     read_descriptors,
 )
-from lazyd.target.mappings import Known, Mapping, read_mappings
+from lazyd.target.mappings import DELETED, Known, Mapping, path_problem, read_mappings
 from lazyd.target.process import children
 from lazyd.target.tracing import state_of, status_fields, thread_ids
 
@@ -127,9 +127,13 @@ class Survey:
         problems += self._of_namespaces()
         if (root := os.readlink(f"/proc/{self.pid}/root")) != "/":  # noqa: PTH115  the text as it is
             problems.append(Problem("root directory", f"{root}, by chroot"))
-        cwd = os.readlink(f"/proc/{self.pid}/cwd")  # noqa: PTH115  the text as it is
-        if cwd.endswith(" (deleted)"):
-            problems.append(Problem("working directory", "it is deleted"))
+        for name, where in (("cwd", "working directory"), ("exe", "program")):
+            link = f"/proc/{self.pid}/{name}"
+            path = os.readlink(link)  # noqa: PTH115  the text as it is
+            if path.endswith(DELETED):
+                problems.append(Problem(f"{where} {path.removesuffix(DELETED)}", "it is deleted"))
+            elif what := path_problem(path, os.stat(link)):  # noqa: PTH116  text as it is
+                problems.append(Problem(f"{where} {path}", what))
         if (confined := _confinement(self.pid)) and confined != _confinement(os.getpid()):
             problems.append(Problem("security module", f"confined as {confined}"))
         problems += self._of_threads()

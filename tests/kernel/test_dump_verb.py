@@ -137,6 +137,10 @@ os.mkfifo("fifo"); fifo = os.open("fifo", os.O_RDWR)
 locked = open("locked", "w"); fcntl.flock(locked, fcntl.LOCK_EX)
 owned = open("owned", "w"); fcntl.fcntl(owned, fcntl.F_SETOWN, os.getpid())
 path = os.open("/", os.O_PATH)
+strange = open(b"strange \xff", "w")
+os.mkdir("covered")
+covered = open("covered/file", "w")
+assert libc.mount(b"none", os.fsencode(folder + "/covered"), b"tmpfs", 0, None) == 0
 terminal = os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY)
 shm = libc.shmget(0, 4096, 0o1600)
 libc.shmat(shm, None, 0)
@@ -178,7 +182,9 @@ WORDS = [
     "System V shared memory",
     "asynchronous I/O",
     "userfaultfd",
-    "working directory: it is deleted",
+    "/gone: it is deleted",
+    "its path is not UTF-8",
+    "its path leads elsewhere",
     "it traces process",
     "children:",
     "seccomp",
@@ -200,6 +206,7 @@ def everything(tmp_path):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        subprocess.run(["umount", "-l", str(state / "covered")], check=False, capture_output=True)
 
 
 def test_all_that_is_beyond_a_plain_task_is_listed_at_once(everything, tmp_path):

@@ -201,7 +201,6 @@ static void note_task(struct lines *lines)
 	NEED(!prctl(PR_GET_CHILD_SUBREAPER, &reaper));
 	note(lines, "subreaper=%d\n", reaper);
 	note(lines, "huge pages disabled=%d\n", prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0));
-	note(lines, "break=%p\n", sbrk(0));
 	int fd = open("/proc/self/oom_score_adj", O_RDONLY);
 	ssize_t length = read(fd, text, 64);
 	NEED(length > 0);
@@ -574,8 +573,10 @@ int main(int argc, char **argv)
 	snprintf(path, sizeof(path), "%s/ready", dir);
 	NEED(!mknod(path, S_IFREG | 0644, 0)); /* without a descriptor, that is */
 	snprintf(path, sizeof(path), "%s/go", dir);
+	void *end_of_heap = sbrk(0); /* nothing is allocated meanwhile */
 	while (access(path, F_OK))
 		usleep(2000);
+	NEED(sbrk(0) == end_of_heap);
 
 	note_thread(&after[0]);
 	note_task(&after[1]);
