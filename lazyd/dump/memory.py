@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import NamedTuple
 
 from lazyd.dump.core import (
@@ -77,7 +78,7 @@ class _SharedObject(NamedTuple):
 
 
 class MemoryDump:
-    """The memory of one dump, over all its tasks. As a context manager it closes the destination's transfers."""
+    """The memory of one dump, over all its tasks. As a context manager it gives up unless finish() was called."""
 
     def __init__(self, to: Destination, method: ScanMethod = ScanMethod.AUTO) -> None:
         self.counts = MemoryCounts()
@@ -202,12 +203,20 @@ class MemoryDump:
         for transfer, pipe in self._pending:
             transfer.write_pagemap(pipe)
         self._pending.clear()
-        self.close()
+        self._to.close()
         return self.counts
 
     def close(self) -> None:
-        """End the destination, complete or not."""
-        self._to.close()
+        """Give up what is not finished; after finish() this does nothing."""
+        self._to.abort()
+
+    def __enter__(self) -> MemoryDump:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def dump_memory(
@@ -220,13 +229,10 @@ def dump_memory(
     keep_tracking: bool = False,
 ) -> MemoryCounts:
     """Dump the memory of one stopped task, shared memory included, in one go."""
-    memory = MemoryDump(to)
-    try:
+    with MemoryDump(to) as memory:
         memory.dump(pid, areas, image_pid=image_pid, tracker=tracker, keep_tracking=keep_tracking)
         memory.dump_shared()
         return memory.finish()
-    finally:
-        memory.close()
 
 
 def _resident_bytes(pid: int) -> int:

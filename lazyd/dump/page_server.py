@@ -135,13 +135,9 @@ class PageServer(Destination):
             self._parser.feed(content)
 
     def close(self) -> None:
-        """End the session and see that the server has all of it; a second call does nothing.
-
-        After a failure it hangs up without a word, so that the server does not take what it has for whole.
-        """
+        """End the session and see that the server has all of it; a second call does nothing."""
         if self._is_closed:
             return
-        self._is_closed = True
         try:
             if not self._is_failed:
                 self.send(Message(Command.FORCE_CLOSE))
@@ -149,12 +145,12 @@ class PageServer(Destination):
                 if status:
                     raise DumpError(f"{self.peer}: the page server could not keep all pages: it ended with {status}")
         finally:
-            self._socket.close()
+            self.abort()
 
     def abort(self) -> None:
-        """Hang up without ending the session; after close() this does nothing."""
-        self._is_failed = True
-        self.close()
+        """Hang up without a word, so that the server does not take what it has for whole."""
+        self._is_closed = True
+        self._socket.close()
 
     def __enter__(self) -> PageServer:
         return self

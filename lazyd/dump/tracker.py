@@ -22,7 +22,7 @@ from typing import Any
 
 from lazyd.dump import holder
 from lazyd.dump.core import AreaList, Scanner, Track, open_tracking, track_method
-from lazyd.errors import DumpError, SystemCallError
+from lazyd.errors import DumpError, LazydError, SystemCallError
 
 _ANSWER_MAX = 64 << 10
 _TIMEOUT_S = 10.0
@@ -135,7 +135,7 @@ def take(pid: int, parent: Path | None, pagemap_name: str, *, to_track: bool) ->
     parent: the images that the next dump is made on top of; unless the tracker is bound to them it has no baseline.
     to_track: the dump will begin to track anew, so that the holder ends here and now; else it stays as it is.
     """
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, DumpError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, LazydError):
         answer, uffd = _ask(_socket_path(pid), b"T" if to_track else b"B")
         try:
             track = Track(answer["track"])
@@ -201,7 +201,10 @@ def _runtime_directory() -> Path:
         path = Path(os.environ["XDG_RUNTIME_DIR"]) / "lazyd"
     else:
         path = Path(f"/tmp/lazyd-{os.geteuid()}")
-    path.mkdir(mode=0o700, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise SystemCallError("mkdir", error.errno or 0, path=path, hint="trackers listen there") from error
     status = path.lstat()
     if status.st_uid != os.geteuid() or status.st_mode & 0o77 or path.is_symlink():
         raise DumpError(f"{path}: not a folder of ours alone (mode 700); remove it")

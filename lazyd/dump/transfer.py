@@ -87,7 +87,11 @@ class Destination(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """End the destination once every transfer is closed."""
+        """End the destination: all that belongs to the dump is there."""
+
+    @abc.abstractmethod
+    def abort(self) -> None:
+        """Give up, so that nobody takes what is there for a whole dump; after close() this does nothing."""
 
 
 class LocalImages(Destination):
@@ -129,6 +133,10 @@ class LocalImages(Destination):
         """Close what is open; the images are complete once every pagemap is written."""
         for transfer in self._transfers:
             transfer.close()
+
+    def abort(self) -> None:
+        """Close what is open; it is the writer who publishes or not."""
+        self.close()
 
     def punch_parents(self) -> int:
         """Free in the parents what this dump replaces; return how many bytes.
