@@ -308,6 +308,8 @@ def _run(arguments: Sequence[str]) -> int:
         print(f"lazyd {version()}")
         return 0
     word = given.words[0] if given.words else _Verb.LAZY_PAGES.value
+    if word in _DUMPING:
+        raise UsageError(f"lazyd: {word}: it has options of its own, so it comes first: lazyd {word} …")
     try:
         verb = _Verb(word)
     except ValueError:

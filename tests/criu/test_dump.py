@@ -250,7 +250,7 @@ for thread in threads:
 log.write(b"before\\n")
 while not all(counts):
     time.sleep(0.01)
-open(state + "/ready", "w").close()
+os.mknod(state + "/ready")
 for thread in threads:
     thread.join()
 log.write(b"after\\n")

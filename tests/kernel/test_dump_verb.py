@@ -490,8 +490,9 @@ from lazyd.dump import run, transfer
 from lazyd.image.writer import ImagesWriter
 for name in ("write_file", "create", "publish", "_make_hidden"):
     setattr(ImagesWriter, name, counted(getattr(ImagesWriter, name)))
-for name in ("copy_pages", "reserve_blocks"):
-    setattr(transfer, name, counted(getattr(transfer, name)))
+transfer.copy_pages = counted(transfer.copy_pages)
+for name in ("reserve", "write_hole", "write_pages", "write_pagemap", "close"):
+    setattr(transfer.LocalTransfer, name, counted(getattr(transfer.LocalTransfer, name)))
 for name in ("dump", "finish", "dump_shared", "prepare"):
     setattr(run.MemoryDump, name, counted(getattr(run.MemoryDump, name)))
 from lazyd.cli import main
