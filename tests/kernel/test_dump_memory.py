@@ -268,7 +268,8 @@ def test_a_full_disk(victim, tmp_path, track):
     victim.map(BASE, 1000)
     victim.write(BASE, 1000, 1)
     with small_disk(tmp_path / "disk", "1m") as disk:
-        with pytest.raises(SystemCallError, match=r"images/pages-1\.img: write: ENOSPC \(make room there"):
+        full = r"images/pages-1\.img: write: ENOSPC, no space left on device \(make room there"
+        with pytest.raises(SystemCallError, match=full):
             dump(victim, disk / "images", victim.areas(BASE, pv.TOP), track=track)
         assert not list(disk.iterdir()), "something is left"
     assert victim.memory(BASE) == word_page(1)
