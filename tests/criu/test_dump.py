@@ -20,7 +20,7 @@ from pathlib import Path
 
 import harness
 import pytest
-from test_dump_memory import HEADERS, free_port, page_server
+from test_dump_like_criu import HEADERS, free_port, page_server
 
 from lazyd.target.tracing import state_of
 
