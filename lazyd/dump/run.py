@@ -179,18 +179,11 @@ def _dump_tasks(settings: Settings, tasks: list[_Task], log: Log, begun: float) 
             destination = PageServer.connect(host, port, settings.form, header=HeaderSize(header))
         else:
             destination = LocalImages(writer, settings.form, auto_dedup=settings.auto_dedup)
-        memory = MemoryDump(destination)
-        try:
+        with MemoryDump(destination) as memory:
             for task in tasks:
                 is_incremental = task.tracker is not None and task.tracker.has_baseline
                 memory.prepare(task.pid, is_incremental=is_incremental)
             return _dump_stopped(settings, tasks, log, begun, writer, destination, memory, build_ids)
-        except BaseException:
-            if isinstance(destination, PageServer):
-                destination.abort()  # or it would take what it has for whole
-            raise
-        finally:
-            memory.close()
 
 
 def _dump_stopped(  # noqa: PLR0917  one dump's parts, made one by one by its callers

@@ -438,6 +438,31 @@ def test_statistics(start, tmp_path):
     assert victim.finish() == "ok\n"
 
 
+def test_auto_dedup_frees_what_is_dumped_again(start, tmp_path):
+    victim = start("memory")
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert lazyd("pre-dump", "--pid", victim.pid, "-D", first).returncode == 0
+    before = sum(path.stat().st_blocks for path in first.glob("pages-*.img"))
+    run = lazyd("dump", "--pid", victim.pid, "-D", second, "--parent", first, "--auto-dedup", "-R")
+    assert run.returncode == 0, run.stderr
+    assert "freed" in run.stderr
+    # The 512 KiB that it writes to all the time are in the second one alone.
+    assert before - sum(path.stat().st_blocks for path in first.glob("pages-*.img")) > 500
+    assert lazyd("verify", second).stdout.endswith("good\n")
+    assert victim.finish() == "ok\n"
+
+
+def test_a_log_among_the_images(start, tmp_path):
+    victim, images = start("registers"), tmp_path / "images"
+    run = lazyd("dump", "--pid", victim.pid, "-D", images, "-R", "-o", "dump.log")
+    assert run.returncode == 0
+    assert not run.stderr
+    assert f"process {victim.pid} (steady)" in (images / "dump.log").read_text()
+    assert lazyd("verify", images).stdout.endswith("good\n")
+    assert "not empty" in one_line("dump", "--pid", victim.pid, "-D", images, "-R")
+    assert victim.finish() == "ok\n"
+
+
 # ---- lazyd is ended ----
 
 SLOWLY = """
