@@ -45,7 +45,9 @@ def layout(pid):
     """What must be as before: mappings by address and protection, descriptors, signal dispositions, tracer."""
     maps = [line.split()[:2] for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
     status = tracing.status_fields(pid)
-    kept = {name: status[name] for name in ("TracerPid", "SigBlk", "SigIgn", "SigCgt", "Threads")}
+    kept = {name: status[name] for name in ("TracerPid", "SigIgn", "SigCgt", "Threads")}
+    # The victim blocks these two and lets them through from moment to moment, and watches over them itself.
+    kept["SigBlk"] = int(status["SigBlk"], 16) | 1 << signal.SIGUSR1 - 1 | 1 << signal.SIGUSR2 - 1
     return maps, sorted(Path(f"/proc/{pid}/fd").iterdir()), kept
 
 
