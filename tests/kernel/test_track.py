@@ -7,6 +7,7 @@ both images then have are compared with the task's own, so that a page that is w
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 import signal
@@ -245,6 +246,38 @@ def test_protection_and_back(case):
     victim.write(at + PAGE, 1, 3)
     case.dump()
     case.check(at, "pdpp")
+
+
+def test_a_debugger_writes(case):
+    """/proc/PID/mem writes where the task itself may not."""
+    victim = case.victim
+    at = victim.map(BASE, 4)
+    victim.write(at, 4, 1)
+    victim.command("protect", at + 2 * PAGE, 2, pv.PROT_READ)
+    case.dump()
+    with Path(f"/proc/{victim.pid}/mem").open("r+b", buffering=0) as memory:
+        for page in (0, 2):
+            os.pwrite(memory.fileno(), b"changed", at + page * PAGE + 100)
+    case.dump()
+    case.check(at, "dpdp")
+
+
+def test_small_pages_are_made_huge(case):
+    """MADV_COLLAPSE between two dumps: whatever the kernel makes of it, no write gets lost."""
+    victim = case.victim
+    at = victim.map(BASE, 1024)
+    victim.write(at, 1024, 1)
+    case.dump()
+    victim.advise(at, 1024, pv.MADV_HUGEPAGE)
+    for word in (5000, 6000):
+        with contextlib.suppress(OSError):
+            victim.advise(at, 1024, pv.MADV_COLLAPSE)
+        victim.write(at + 3 * PAGE, 1, word)
+        victim.write(at + 700 * PAGE, 1, word)
+        case.dump()
+        found = case.kinds(at, 1024)
+        assert found[3] == found[700] == "d"
+        assert set(found) <= {"d", "p"}
 
 
 def test_fork_keeps_what_is_known_of_the_parent(case):
