@@ -24,8 +24,8 @@ PROT_NONE, PROT_READ, PROT_WRITE = 0, 1, 2
 RW = PROT_READ | PROT_WRITE
 MAP_SHARED, MAP_PRIVATE = 1, 2
 MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
-MADV_DONTNEED, MADV_FREE, MADV_HUGEPAGE, MADV_PAGEOUT = 4, 8, 14, 21
-MADV_POPULATE_WRITE, MADV_COLLAPSE, MADV_GUARD_INSTALL, MADV_GUARD_REMOVE = 23, 25, 102, 103
+MADV_DONTNEED, MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_PAGEOUT = 4, 14, 15, 21
+MADV_COLLAPSE, MADV_GUARD_INSTALL, MADV_GUARD_REMOVE = 25, 102, 103
 _PIDFD_GETFD = 438
 
 
@@ -99,8 +99,10 @@ class Victim:
         return value
 
     def map(self, address: int, pages: int, prot: int = RW, flags: int = MAP_PRIVATE) -> int:
-        """Map fresh anonymous memory, over what is there."""
+        """Map fresh anonymous memory, over what is there; of small pages, whatever the system's default is."""
         self.command("map", address, pages, prot, flags)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            self.advise(address, pages, MADV_NOHUGEPAGE)
         return address
 
     def write(self, address: int, pages: int, word: int, step: int = 1) -> None:

@@ -82,13 +82,22 @@ class Tracker:
         return armed
 
     def leave(self, images: Path, pagemap_name: str) -> bool:
-        """Leave the tracking to a process of its own, bound to published images; False if there is none to leave.
+        """Leave the tracking to a process of its own, bound to published images; False if that cannot be.
 
-        The process ends with its task, or when a dump takes over.
+        The images are whole in any case, and without it the next dump is a full one: nothing to fail for. The process
+        ends with its task, or when a dump takes over.
         """
-        if not self.has_baseline:
+        try:
+            if self.has_baseline:
+                self._leave(images, pagemap_name)
+                return True
+        except (OSError, LazydError, subprocess.SubprocessError):
+            pass
+        finally:
             self.close()
-            return False
+        return False
+
+    def _leave(self, images: Path, pagemap_name: str) -> None:
         binding = {
             "process": _identity(self.pid),
             "image": _identity_of_file(images, pagemap_name),
@@ -96,7 +105,11 @@ class Tracker:
         }
         path = _socket_path(self.pid)
         pidfd = os.pidfd_open(self.pid)
-        listener = _listen(path)
+        try:
+            listener = _listen(path)
+        except BaseException:
+            os.close(pidfd)
+            raise
         try:
             fds = [listener.fileno(), pidfd, self._uffd]
             # Not by -m: that would import all of lazyd.
@@ -118,8 +131,6 @@ class Tracker:
         finally:
             listener.close()
             os.close(pidfd)
-            self.close()
-        return True
 
     def close(self) -> None:
         """Give the tracking up, unless it was left to somebody; a second call does nothing."""
