@@ -19,6 +19,7 @@ from pathlib import Path
 import pages_victim as pv
 import pytest
 from dump_harness import dump, entry_kinds, read_back
+from kernel_harness import task_state
 from pages_victim import BASE, PAGE, RW, Victim
 
 from lazyd.dump.core import Area, AreaKind, PagemapFormat, Track, track_method
