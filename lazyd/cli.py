@@ -24,6 +24,7 @@ from lazyd.errors import LazydError, UsageError
 
 _USAGE = """\
 lazyd [lazy-pages] -D DIR [options]   serve the memory of a restore; beside `criu restore --lazy-pages`
+       lazyd -D DIR --pid PID [options]      serve a process that is restored and stands empty
        lazyd show DIR [--json]               say what is in a directory of images
        lazyd verify DIR                      check a directory of images whole
        lazyd dump --pid PID -D DIR           write images of a process (lazyd dump --help)
@@ -99,6 +100,12 @@ def _make_parser() -> _Parser:
         choices=("auto", "booleans", "flags"),
         help="which writer's pagemap entries the images hold, where they do not say it themselves",
     )
+
+    attaching = parser.add_argument_group("attaching to a process that is restored and stands empty")
+    attaching.add_argument("-t", "--pid", metavar="PID", type=_count, help="serve this process, without a restorer")
+    attaching.add_argument("--image-pid", metavar="PID", type=_count, help="its pid in the images, if it is another")
+    attaching.add_argument("--tree", action="store_true", help="its children and theirs too")
+    attaching.add_argument("--drop-pages", action="store_true", help="drop pages that it has where it should be empty")
 
     running = parser.add_argument_group("running")
     running.add_argument("-d", "--daemon", action="store_true", help="go into the background once listening")
@@ -248,7 +255,14 @@ def _lazy_pages(given: argparse.Namespace) -> int:
     if given.fill == "off" and given.fill_rate:
         raise UsageError("lazyd: --fill-rate is for a fill that --fill off turns off")
 
-    from lazyd.daemon import Options, serve  # noqa: PLC0415  see the head of this module
+    if given.pid is None:
+        for name in ("image_pid", "tree", "drop_pages"):
+            if getattr(given, name):
+                raise UsageError(f"lazyd: --{name.replace('_', '-')} is about the process that --pid names")
+    elif given.tree and given.image_pid:
+        raise UsageError("lazyd: --image-pid names one task; --tree finds all by the pids that they had")
+
+    from lazyd.daemon import Attach, Options, serve  # noqa: PLC0415  see the head of this module
     from lazyd.report import Log, Show  # noqa: PLC0415
     from lazyd.session import Settings  # noqa: PLC0415
     from lazyd.uffd import Fill  # noqa: PLC0415
@@ -274,6 +288,7 @@ def _lazy_pages(given: argparse.Namespace) -> int:
         statistics=given.stats,
         is_daemon=given.daemon,
         show=show,
+        attach=None if given.pid is None else Attach(given.pid, given.image_pid or 0, given.tree, given.drop_pages),
     )
     return serve(options, Log(_DEFAULT_VERBOSITY if given.verbosity is None else given.verbosity))
 

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,16 @@ class Options(NamedTuple):
     statistics: Path | None
     is_daemon: bool
     show: Show
+    attach: Attach | None = None
+
+
+class Attach(NamedTuple):
+    """Whom to attach to. `image_pid` 0: the images know the task by its pid."""
+
+    pid: int
+    image_pid: int
+    with_children: bool
+    drop_pages: bool
 
 
 class Announcement:
@@ -129,6 +140,8 @@ def _serve(options: Options, log: Log, statistics_path: Path | None) -> int:
     work = options.work.absolute()
     check_permission()
     progress = Progress(log, options.show)
+    if options.attach is not None:
+        return _serve_attached(options, options.attach, log, progress, statistics_path)
     with Session(options.settings, log, progress) as session, contextlib.ExitStack() as stack:
         listener = Listener(work)
         # In the parent of a daemon the name must stay.
@@ -137,7 +150,7 @@ def _serve(options: Options, log: Log, statistics_path: Path | None) -> int:
         announcement = Announcement(options._replace(pidfile=pidfile))
         ready = None
         if options.is_daemon:
-            ready = _into_background(listener)
+            ready = _into_background(listener.unlink)
             if ready is None:
                 return 0
         stack.callback(listener.unlink)
@@ -162,8 +175,54 @@ def _serve(options: Options, log: Log, statistics_path: Path | None) -> int:
         os._exit(code)
 
 
-def _into_background(listener: Listener) -> int | None:
-    """Fork. The child gets where to write one byte once it listens; the parent waits for it and gets None."""
+def _serve_attached(
+    options: Options, attach: Attach, log: Log, progress: Progress, statistics_path: Path | None
+) -> int:
+    """Attach to tasks and serve them: as a restore, with nobody at the socket."""
+    from lazyd.target.attach import attach_all, find_tasks  # noqa: PLC0415  it brings in what others do not wait for
+
+    pids = find_tasks(attach.pid, attach.image_pid, with_children=attach.with_children)
+    settings = options.settings._replace(attach=frozenset(pids.values()))
+    with Session(settings, log, progress) as session:
+        pidfile = None if options.pidfile is None else options.work.absolute() / options.pidfile
+        announcement = Announcement(options._replace(pidfile=pidfile))
+        ready = None
+        if options.is_daemon:
+            ready = _into_background(lambda: None)
+            if ready is None:
+                return 0
+        hold_signals()
+        tasks = [(pid, session.expected[image_pid]) for pid, image_pid in pids.items()]
+        with attach_all(tasks, drop_pages=attach.drop_pages) as attachment:
+            session.note_attached(attachment.tasks)
+
+            def serve_life(life: Life) -> int:
+                outcome = session.run(None) if life is Life.FIRST else session.resume(life, None)
+                return _conclude(outcome, log, statistics_path)
+
+            def begun() -> None:
+                attachment.release()
+                # Nothing may end this process from here on: what could not be announced is said, and that is all.
+                try:
+                    announcement.write()
+                except LazydError as error:
+                    log.error(str(error))
+                log.message(f"attached to {', '.join(map(str, pids))}")
+                if ready is not None:
+                    _leave_terminal(log)
+                    os.write(ready, b"\0")
+                    os.close(ready)
+
+            code = keep(serve_life, log.error, begun)
+            flush()
+            os._exit(code)
+
+
+def _into_background(clean_up: Callable[[], None]) -> int | None:
+    """Fork. The child gets where to write one byte once it listens; the parent waits for it and gets None.
+
+    clean_up: what is left to do in the parent if the child has failed.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -177,7 +236,7 @@ def _into_background(listener: Listener) -> int | None:
         return None
     os.waitpid(child, 0)
     # The child has said on our stderr, which it shares, what went wrong.
-    listener.unlink()
+    clean_up()
     raise SystemExit(1)
 
 

@@ -77,5 +77,9 @@ class RestoreError(LazydError):
     """The restore ended before every task could run: the other side hung up, or a task could not be served."""
 
 
+class AttachError(LazydError):
+    """A task that cannot be attached to: it goes on as it was."""
+
+
 class DumpError(LazydError):
     """A dump that cannot be made, or was given up: the task goes on, and no images appear."""

@@ -41,12 +41,13 @@ class Life(Enum):
     LAST = "last"  # several in a row did: only to give up in order
 
 
-def keep(serve: Callable[[Life], int], report: Callable[[str], None]) -> int:
+def keep(serve: Callable[[Life], int], report: Callable[[str], None], begun: Callable[[], None] | None = None) -> int:
     """Run `serve` in a child, and again when it dies of a signal; return the exit code of the last one.
 
     Call it while there is one thread. `report` gets a line when a child has died. Signals that would end this
-    process go to the child. Once a child has served, this process must not come to its end by an exception: it
-    would take the userfaultfds along. So what can fail here is tried again or passed over.
+    process go to the child. `begun` is called once, here, when there is a child. Once a child has served, this
+    process must not come to its end by an exception: it would take the userfaultfds along. So what can fail here is
+    tried again or passed over.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, no child's end would be heard of
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {*FORWARDED, signal.SIGCHLD})
@@ -57,6 +58,8 @@ def keep(serve: Callable[[Life], int], report: Callable[[str], None]) -> int:
         child = _fork(life)
         if child == 0:
             _serve_and_exit(serve, life, blocked)
+        if life is Life.FIRST and begun is not None:
+            begun()
         status = _wait(child)
         if os.WIFEXITED(status):
             return os.WEXITSTATUS(status)

@@ -26,7 +26,7 @@ import selectors
 import signal
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -37,7 +37,7 @@ from lazyd.image import Checkpoint, Kind, load
 from lazyd.keeper import Life
 from lazyd.report import Log, Moments, Outcome, Progress
 from lazyd.restore_socket import SOCKET_NAME, Connection, Event, Finished, HungUp, Listener, TaskUffd, Zombie
-from lazyd.target import Target, descendants, find_run_pid, waits_for_userfaults
+from lazyd.target import Attached, Expected, Target, descendants, find_run_pid, waits_for_userfaults
 from lazyd.uffd import Engine, Fill, Notice, NoticeKind, OnFork, Served, TaskInfo, TaskStatus
 from lazyd.units import PAGE_SIZE, human_bytes
 
@@ -50,13 +50,17 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
 
 class Settings(NamedTuple):
-    """What one restore is to be like. `fill_rate`: bytes a second, 0: no limit; `workers` 0: by the cores."""
+    """What one restore is to be like. `fill_rate`: bytes a second, 0: no limit; `workers` 0: by the cores.
+
+    `attach`: no restorer hands over tasks, they are attached to: of the images these, by image pid; None: as a restore.
+    """
 
     images: Path
     dialect: str
     fill: Fill
     fill_rate: int
     workers: int
+    attach: frozenset[int] | None = None
 
 
 def hold_signals() -> None:
@@ -86,6 +90,9 @@ class Session:
         """Image pid to the engine's number, of the tasks that have not been announced yet."""
         self._zombies: set[int] = set()
         self._announced: set[int] = set()
+        self._to_attach: Sequence[Attached] = ()
+        self.expected: dict[int, Expected] = {}
+        """What is needed to attach to a task, by image pid."""
         self._targets: dict[int, Target] = {}
         self._source_paths: list[Path] = []
         self._dialect: str | None = None
@@ -128,6 +135,9 @@ class Session:
         self._engine.close()
 
     def _prepare(self, checkpoint: Checkpoint) -> None:
+        wanted = self._settings.attach
+        if wanted is not None:
+            self._expect(checkpoint, wanted)
         for task in checkpoint.tasks:
             remote = task.extents.pages_by_kind()[Kind.REMOTE]
             if remote:
@@ -161,30 +171,69 @@ class Session:
             f" in a chain of {checkpoint.depth}; {checkpoint.dialect.value} ({checkpoint.dialect_reason})"
         )
 
+    def _expect(self, checkpoint: Checkpoint, wanted: frozenset[int]) -> None:
+        """Leave of the images only what is attached to, and keep what its tasks must look like."""
+        from lazyd.image.directory import ImagesDirectory  # noqa: PLC0415  few attach
+
+        checkpoint.tasks = [task for task in checkpoint.tasks if task.pid in wanted]
+        if missing := sorted(wanted - {task.pid for task in checkpoint.tasks if not task.is_zombie}):
+            raise ImageError(checkpoint.path, f"no task {missing[0]} with memory in it; --image-pid names another")
+        directory = ImagesDirectory.open(checkpoint.path)
+        try:
+            for task in checkpoint.tasks:
+                program = directory.read_program(task.pid)
+                self.expected[task.pid] = Expected(task.pid, task.vmas, task.extents.filled_by_restorer(), program)
+        finally:
+            directory.close()
+
+    def note_attached(self, tasks: Sequence[Attached]) -> None:
+        """Take over tasks that are attached to; they are served as soon as this runs."""
+        self._to_attach = list(tasks)
+        self._moments = self._moments._replace(listening=self._log.elapsed())
+        self._log.info(self._loaded)
+
     def note_listening(self) -> None:
         """Tell those who wait for the socket."""
         self._moments = self._moments._replace(listening=self._log.elapsed())
         self._log.message(f"listening on {SOCKET_NAME}")
         self._log.info(self._loaded)
 
-    def run(self, listener: Listener) -> Outcome:
-        """Serve one restorer, to the end. Starts the engine's threads: this process must not be forked again."""
+    def run(self, listener: Listener | None) -> Outcome:
+        """Serve one restorer, or what was attached to, to the end.
+
+        Starts the engine's threads: this process must not be forked again.
+        """
         self._engine.start()
-        self._wait(listener, lambda: self._on_restorer(listener))
+        if listener is None:
+            self._take_attached()
+            self._restore_finished()
+        else:
+            self._wait(listener, lambda: self._on_restorer(listener))
         return self._serve_to_the_end()
 
-    def resume(self, life: Life, listener: Listener) -> Outcome:
+    def _take_attached(self) -> None:
+        """Serve the tasks that are attached to, those apart that a process that died has taken already."""
+        for task in self._to_attach:
+            if task.image_pid in self._tasks:
+                self._announced.add(task.image_pid)
+                self._begin_to_serve(task.image_pid, task.uffd, task.pid)
+
+    def resume(self, life: Life, listener: Listener | None) -> Outcome:
         """Go on in the place of a process that died; this one is a copy from before it started."""
         for number, info in enumerate(self._task_infos()):
             if info.run_pid and info.status in (TaskStatus.SERVING, TaskStatus.FAILED):
                 with contextlib.suppress(OSError):
                     self._targets[number] = Target(info.run_pid)
+        for info in self._task_infos():
+            if info.status is not TaskStatus.PREPARED and self._tasks.pop(info.image_pid, None) is not None:
+                self._announced.add(info.image_pid)
         if life is Life.LAST:  # before what the others may have died of
-            for pid in self._stop_known_tasks():
+            for pid in [*self._stop_untaken_tasks(), *self._stop_known_tasks()]:
                 self._log.debug(f"pid {pid} is stopped")
         served = self._engine.resume()
         self._engine.start()
         if life is Life.LAST:
+            self._take_attached()
             self._fail(f"the serving process died again and again: stopping {served} tasks and giving up")
             self._stop_tasks()
             return self._finish()
@@ -201,11 +250,12 @@ class Session:
         self._look_for_the_end()
         return self._serve_to_the_end()
 
-    def _resume_handshake(self, listener: Listener) -> None:
+    def _resume_handshake(self, listener: Listener | None) -> None:
         """Take up the connection where the process that died has left it: the descriptor is shared."""
-        for info in self._task_infos():
-            if info.status is not TaskStatus.PREPARED and self._tasks.pop(info.image_pid, None) is not None:
-                self._announced.add(info.image_pid)
+        if listener is None:
+            self._take_attached()
+            self._restore_finished()
+            return
         (descriptor,) = _CONNECTION.unpack_from(self._shared)
         if not descriptor:
             self._wait(listener, lambda: self._on_restorer(listener))
@@ -334,11 +384,14 @@ class Session:
         try:
             self._announce(pid, self._tasks, "task")
             run_pid = find_run_pid(pid, sender)
-            number = self._tasks.pop(pid)
-            self._engine.attach(number, uffd, run_pid)
+            self._begin_to_serve(pid, uffd, run_pid)
         except BaseException:
             os.close(uffd)
             raise
+
+    def _begin_to_serve(self, pid: int, uffd: int, run_pid: int) -> None:
+        number = self._tasks.pop(pid)
+        self._engine.attach(number, uffd, run_pid)
         if self._moments.first_task is None:
             self._moments = self._moments._replace(first_task=self._log.elapsed())
         if run_pid:
@@ -488,6 +541,16 @@ class Session:
                 f"{unknown} forked tasks are known to the kernel only: those that were not found among the"
                 " children go on until they touch a page they miss, which is SIGBUS"
             )
+
+    def _stop_untaken_tasks(self) -> Iterator[int]:
+        """Stop the tasks that were attached to and that no process has come to serve."""
+        for task in self._to_attach:
+            if task.image_pid in self._tasks:
+                with contextlib.suppress(OSError):
+                    target = Target(task.pid)
+                    if target.stop():
+                        yield task.pid
+                    target.close()
 
     def _stop_known_tasks(self) -> Iterator[int]:
         """Stop the tasks that are being served and, below any that ever was, the children that still wait."""

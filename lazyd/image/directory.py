@@ -106,6 +106,14 @@ class Vma(NamedTuple):
         return next((word for bit, word in _STATUS_WORDS if self.status & bit), "other")
 
 
+class Program(NamedTuple):
+    """Where the parts of a program are: exec puts them at random places."""
+
+    start_code: int
+    start_stack: int
+    start_brk: int
+
+
 class TaskEntry(NamedTuple):
     """A task as `pstree.img` lists it. Ids are those of its innermost pid namespace; ppid 0 is the root."""
 
@@ -236,6 +244,13 @@ class ImagesDirectory:
             last_end = end
             vmas.append(Vma(start, end, vma.prot, vma.flags, vma.status, vma.pgoff, vma.shmid, vma.fd, vma.madv))
         return vmas
+
+    def read_program(self, pid: int) -> Program | None:
+        """Return where the parts of a task's program are; None if the image does not say."""
+        mm = self._parse(f"mm-{pid}.img", self._only_record(f"mm-{pid}.img", MM_MAGICS), _mm.Mm)
+        if not (mm.HasField("mm_start_code") and mm.HasField("mm_start_stack") and mm.HasField("mm_start_brk")):
+            return None
+        return Program(mm.mm_start_code, mm.mm_start_stack, mm.mm_start_brk)
 
     def read_core(self, pid: int) -> CoreState:
         """Return what the core image of a task's leading thread says; FileNotFoundError if there is none."""

@@ -25,6 +25,7 @@ from lazyd.units import PAGE_SIZE, ImageAddress
 # struct lz_extent
 _ROW = struct.Struct("<QQIHBB")
 ROW_BYTES = _ROW.size
+_LAZY_AT = struct.calcsize("<QQIHB")
 
 
 class Dialect(Enum):
@@ -278,6 +279,17 @@ class ExtentTable:
     def find(self, kind: Kind, start: int = 0) -> int:
         """Return the index of the first row of a kind from `start` on, or len(self)."""
         return int(lib.lz_table_find_kind(self._view(), start, kind.value))
+
+    def filled_by_restorer(self) -> list[tuple[int, int]]:
+        """Return the ranges of dumped pages that are not lazy, in order of address."""
+        lazy = bytes(self.buffer)[_LAZY_AT::ROW_BYTES]
+        found = []
+        index = lazy.find(0)
+        while index >= 0:
+            if (extent := self[index]).kind is Kind.DUMPED:
+                found.append((int(extent.start), int(extent.end)))
+            index = lazy.find(0, index + 1)
+        return found
 
     def _view(self) -> Any:
         return ffi.new("struct lz_table *", {"rows": self._rows, "count": self._count})

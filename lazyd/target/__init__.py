@@ -7,6 +7,16 @@ python-ptrace.
 
 from __future__ import annotations
 
+from lazyd.target.expected import Attached, Expected
 from lazyd.target.process import Target, children, descendants, find_run_pid, namespace_pids, waits_for_userfaults
 
-__all__ = ["Target", "children", "descendants", "find_run_pid", "namespace_pids", "waits_for_userfaults"]
+__all__ = [
+    "Attached",
+    "Expected",
+    "Target",
+    "children",
+    "descendants",
+    "find_run_pid",
+    "namespace_pids",
+    "waits_for_userfaults",
+]

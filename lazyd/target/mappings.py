@@ -22,6 +22,8 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
+from lazyd.units import PAGE_SIZE
+
 # mmap(2), asm-generic.
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS = 0x01, 0x02, 0x20
@@ -32,7 +34,7 @@ _ADVICE = {b"rr": 1, b"sr": 2, b"dc": 10, b"mg": 12, b"hg": 14, b"nh": 15, b"dd"
 # VmFlags has `gu` from 6.18 on; guard pages are there from 6.13 on.
 _FLAGS_TELL_GUARDS = tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) >= (6, 18)
 # include/uapi/linux/fs.h: struct pm_scan_arg, struct page_region
-_PAGEMAP_SCAN, _GUARD = 0xC0606610, 1 << 8
+_PAGEMAP_SCAN, _PRESENT, _SWAPPED, _GUARD = 0xC0606610, 1 << 3, 1 << 4, 1 << 8
 _SCAN, _REGION, _REGIONS = struct.Struct("12Q"), struct.Struct("3Q"), 512
 _DEVICE_ZERO = os.makedev(1, 5)
 
@@ -111,6 +113,27 @@ def find_guards(pid: int, mappings: Sequence[Mapping]) -> list[tuple[int, int]]:
                 got = [_REGION.unpack_from(regions.raw, index * _REGION.size)[:2] for index in range(count)]
                 found += got
                 at = got[-1][1] if count == _REGIONS else area.end
+    return found
+
+
+def count_pages(pid: int, start: int, end: int) -> int:
+    """Return how many pages of a range are there or swapped, guard pages apart; OSError (before Linux 6.7: ENOTTY)."""
+    found = 0
+    regions = ctypes.create_string_buffer(_REGIONS * _REGION.size)
+    address, anyof, but = ctypes.addressof(regions), _PRESENT | _SWAPPED, _GUARD
+    with Path(f"/proc/{pid}/pagemap").open("rb") as pagemap:
+        while start < end:
+            what = (_REGIONS, 0, but, but, anyof, anyof)
+            try:
+                count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, bytearray(_SCAN.pack(96, 0, start, end, 0, address, *what)))
+            except OSError as error:
+                if error.errno != errno.EINVAL or not but:
+                    raise
+                but = 0  # Linux before 6.15 has guard pages among the swapped ones
+                continue
+            got = [_REGION.unpack_from(regions.raw, index * _REGION.size)[:2] for index in range(count)]
+            found += sum(last - first for first, last in got) // PAGE_SIZE
+            start = got[-1][1] if count == _REGIONS else end
     return found
 
 

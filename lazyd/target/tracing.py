@@ -42,6 +42,7 @@ PTRACE_CONT = 7
 PTRACE_DETACH = 17
 PTRACE_SYSCALL = 24
 PTRACE_POKEDATA = 5
+PTRACE_SETOPTIONS = 0x4200
 PTRACE_GETSIGINFO = 0x4202
 PTRACE_GETREGSET = 0x4204
 PTRACE_SETREGSET = 0x4205
@@ -53,6 +54,7 @@ PTRACE_SETSIGMASK = 0x420B
 PTRACE_GET_RSEQ_CONFIGURATION = 0x420F
 PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG = 0x4211
 PTRACE_O_TRACESYSGOOD = 1
+PTRACE_O_SUSPEND_SECCOMP = 1 << 21
 PTRACE_EVENT_STOP = 128
 PTRACE_PEEKSIGINFO_SHARED = 1
 NT_PRSTATUS = 1
@@ -248,6 +250,13 @@ class Thread:
         except OSError:
             return False  # before 6.4 nobody can say
         return bool(struct.unpack_from("Q", buffer.raw)[0])
+
+    def suspend_filters(self, *, is_on: bool) -> None:
+        """Keep the thread's seccomp filters from judging its system calls while it is traced. OSError.
+
+        It needs CAP_SYS_ADMIN, and a tracer without filters of its own.
+        """
+        request(PTRACE_SETOPTIONS, self.tid, 0, PTRACE_O_TRACESYSGOOD | (PTRACE_O_SUSPEND_SECCOMP if is_on else 0))
 
     def detach(self) -> None:
         """Let it go, or see it dead: a thread that was killed stays, and its task with it, until its tracer waits.

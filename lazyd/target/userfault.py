@@ -7,7 +7,10 @@ here, and the task closes its own in the same batch of calls: a lazyd that is ki
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import struct
 
 from lazyd.errors import SystemCallError
 from lazyd.target.descriptors import take_descriptor
@@ -16,6 +19,10 @@ from lazyd.target.tracing import StoppedTask
 
 _SYS_CLOSE, _SYS_USERFAULTFD = 3, 323
 UFFD_USER_MODE_ONLY = 1
+# include/uapi/linux/userfaultfd.h: struct uffdio_api and uffdio_register; features EVENT_FORK, REMAP, REMOVE, UNMAP
+_UFFDIO_API, _UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
+_API, _REGISTER = struct.Struct("3Q"), struct.Struct("4Q")
+_UFFD_API, _EVENTS, _MODE_MISSING = 0xAA, 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6, 1
 
 
 def open_userfaultfd(task: StoppedTask, flags: int) -> int:
@@ -34,3 +41,22 @@ def open_userfaultfd(task: StoppedTask, flags: int) -> int:
             raise SystemCallError("pidfd_getfd", error.errno or 0, path=f"process {task.pid}") from error
         finally:
             os.close(pidfd)
+
+
+def enable_missing(uffd: int, pid: int) -> None:
+    """Negotiate what serving missing pages needs: the layout events. SystemCallError."""
+    try:
+        fcntl.ioctl(uffd, _UFFDIO_API, bytearray(_API.pack(_UFFD_API, _EVENTS, 0)))
+    except OSError as error:
+        hint = "run as root or with CAP_SYS_PTRACE" if error.errno == errno.EPERM else ""
+        raise SystemCallError("UFFDIO_API", error.errno or 0, path=f"process {pid}", hint=hint) from error
+
+
+def register_missing(uffd: int, start: int, length: int, pid: int) -> None:
+    """Register a range for missing pages. SystemCallError that names it."""
+    try:
+        fcntl.ioctl(uffd, _UFFDIO_REGISTER, bytearray(_REGISTER.pack(start, length, _MODE_MISSING, 0)))
+    except OSError as error:
+        where = f"process {pid}, {start:#x}-{start + length:#x}"
+        hint = "it belongs to another userfaultfd" if error.errno == errno.EBUSY else ""
+        raise SystemCallError("UFFDIO_REGISTER", error.errno or 0, path=where, hint=hint) from error

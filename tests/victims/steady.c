@@ -266,6 +266,31 @@ static void do_pending(void)
 	}
 }
 
+/* 4 MiB that stand empty until DIR/served is there. From then on each word of the first half is its own address. */
+#define LAZY_BASE 0x200000000000UL
+#define LAZY_WORDS (1UL << 19)
+
+static void do_lazy(void)
+{
+	char served[1200];
+	path_of(served, sizeof(served), "served");
+	uint64_t *words = mmap((void *)LAZY_BASE, LAZY_WORDS * 8, PROT_READ | PROT_WRITE,
+			       MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+	if (words != (void *)LAZY_BASE)
+		bad("lazy: %s", strerror(errno));
+	begun();
+	while (access(served, F_OK) && !stopped())
+		usleep(1000);
+	while (!stopped()) {
+		for (size_t i = 0; i < LAZY_WORDS; i += 64) {
+			uint64_t expected = i < LAZY_WORDS / 2 ? (uint64_t)(words + i) : 0;
+			if (words[i] != expected)
+				bad("word %zu is %lx, not %lx", i, words[i], expected);
+		}
+		usleep(1000);
+	}
+}
+
 static const struct {
 	const char *name;
 	void (*run)(void);
@@ -273,7 +298,7 @@ static const struct {
 	{ "registers", do_registers },   { "memory", do_memory },   { "calls", do_calls },
 	{ "nanosleep", do_nanosleep },   { "poll", do_poll },       { "ppoll", do_ppoll },
 	{ "futex", do_futex },           { "read", do_read },       { "handler", do_handler },
-	{ "sigsuspend", do_sigsuspend }, { "pending", do_pending },
+	{ "sigsuspend", do_sigsuspend }, { "pending", do_pending }, { "lazy", do_lazy },
 };
 
 static void (*find(const char *name))(void)
