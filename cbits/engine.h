@@ -102,6 +102,7 @@ struct lz_source_view {
 	uint64_t start, end; /* bytes that were in memory */
 	uint64_t checked_ns; /* when it was seen to be checked_bytes long */
 	uint64_t checked_bytes;
+	uint64_t next;  /* where the last question about its memory ended */
 	uint64_t asked; /* plus 1: where the fill last had bytes read; asked twice means they cannot be */
 };
 

@@ -46,7 +46,7 @@ static void copy_some(struct lz_worker *worker, struct lz_job *job)
 
 	if (pages > job->copy_pages)
 		pages = job->copy_pages;
-	if (!lz_source_held(worker, LZ_FOR_HELPER, job->source, offset + BYTES(pages))) {
+	if (!lz_source_held(worker, LZ_FOR_HELPER, LZ_BY_FILL, job->source, offset + BYTES(pages))) {
 		job->failed = true;
 		return;
 	}

@@ -9,7 +9,13 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define CHECKED_NS 10000U /* no longer than the copy after it takes, in which it is not looked at either */
+/*
+ * How old the look before a copy may be. For a fault no older than the copy after it takes, in which nobody looks
+ * either. The fill of a chain of images goes from one source to the next and back; whatever changes in between, the
+ * look behind the copy sees, and stops the task.
+ */
+#define CHECKED_NS 10000U
+#define FILL_CHECKED_NS 500000U
 
 /* How many bytes of a pages image, from its start, are still what they were when it was loaded. */
 static uint64_t source_bytes(struct lz_worker *worker, uint16_t number)
@@ -41,11 +47,12 @@ bool lz_source_holds(struct lz_worker *worker, enum lz_for who, uint16_t number,
 	return view->checked_bytes >= end;
 }
 
-bool lz_source_held(struct lz_worker *worker, enum lz_for who, uint16_t number, uint64_t end)
+bool lz_source_held(struct lz_worker *worker, enum lz_for who, enum lz_cause cause, uint16_t number, uint64_t end)
 {
 	const struct lz_source_view *view = &worker->view[who][number];
+	const uint64_t most_ns = cause == LZ_BY_FILL ? FILL_CHECKED_NS : CHECKED_NS;
 
-	if (view->checked_bytes >= end && lz_now_ns() - view->checked_ns < CHECKED_NS)
+	if (view->checked_bytes >= end && lz_now_ns() - view->checked_ns < most_ns)
 		return true;
 	return lz_source_holds(worker, who, number, end);
 }
@@ -63,8 +70,12 @@ uint64_t lz_resident_bytes(struct lz_worker *worker, enum lz_for who, uint16_t n
 
 	if (view->start <= start && start < view->end)
 		return (end < view->end ? end : view->end) - start;
-	/* Small questions are those of faults: nothing says that what follows will be asked. */
-	is_wide = end - start > BYTES(ACTIVE_CHUNK_PAGES);
+	/*
+	 * Small questions are those of faults: nothing says that what follows will be asked. But a chain of many images
+	 * is filled in small runs, each from another source, and forward in each.
+	 */
+	is_wide = end - start > BYTES(ACTIVE_CHUNK_PAGES) || start == view->next;
+	view->next = end;
 	pages = is_wide ? RESIDENT_PAGES : PAGES(end - start);
 	if (pages > PAGES(source->size - start + LZ_PAGE_SIZE - 1))
 		pages = PAGES(source->size - start + LZ_PAGE_SIZE - 1);
@@ -141,7 +152,7 @@ int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct 
 
 	if (run->kind != LZ_KIND_DUMPED)
 		return give_up_pages(worker, task, start, left, run->source, -EOPNOTSUPP) < 0 ? -EAGAIN : 0;
-	if (!lz_source_held(worker, LZ_FOR_WORKER, run->source, offset + BYTES(left))) {
+	if (!lz_source_held(worker, LZ_FOR_WORKER, cause, run->source, offset + BYTES(left))) {
 		uint64_t size = source_bytes(worker, run->source);
 
 		readable = size > offset ? PAGES(size - offset) : 0;

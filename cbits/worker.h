@@ -75,8 +75,8 @@ int lz_install_zeros(struct lz_worker *worker, struct lz_task *task, uint64_t st
  * file raises -EFAULT in COPY; but the rest of the last page of a file that was cut inside a page reads as zeros.
  */
 bool lz_source_holds(struct lz_worker *worker, enum lz_for who, uint16_t source, uint64_t end);
-/* The same where the answer may be a few µs old: the look after one copy is the look before the next. */
-bool lz_source_held(struct lz_worker *worker, enum lz_for who, uint16_t source, uint64_t end);
+/* The same where the answer may be a little old: the look after one copy is the look before the next. */
+bool lz_source_held(struct lz_worker *worker, enum lz_for who, enum lz_cause cause, uint16_t source, uint64_t end);
 /* How much of a range of a source, from its start, is in memory; 0 when its first page is not. */
 uint64_t lz_resident_bytes(struct lz_worker *worker, enum lz_for who, uint16_t source, uint64_t start, uint64_t end);
 
