@@ -2,11 +2,14 @@
 /*
  * The program that scripts/bench restores: bench DIR sweep MIB STRIDE random|ordered
  *                                          bench DIR fresh MIB IMAGE_MIB
+ *                                          bench DIR gaps AREAS
  *
  * It prepares its memory, creates DIR/ready and polls for DIR/go. Then it times itself, access by access, and writes
  * one JSON object to DIR/result. sweep reads every used page once: every STRIDE-th of MIB is used. fresh writes to
  * MIB of memory that it had before the dump and never touched, half of it heap, half of it inside a mapping that has
- * used pages at both ends; IMAGE_MIB of used memory beside it keep the daemon at work meanwhile.
+ * used pages at both ends; IMAGE_MIB of used memory beside it keep the daemon at work meanwhile. gaps is for attaching:
+ * it maps AREAS empty areas of 16 pages, 32 pages apart, from GAPS_BASE on, and then looks at the clock until DIR/go is
+ * there: the longest time between two looks (max_us) is how long it was stopped.
  *
  * An access longer than SLOW_NS counts as a fault that somebody served. Latencies go into buckets of a sixteenth of an
  * octave, so that a percentile is exact to about 4 %.
@@ -182,6 +185,36 @@ static void fresh(size_t length, size_t used_length)
 	report(spent, length / PAGE);
 }
 
+#define GAPS_BASE 0x300000000000UL
+
+static void gaps(size_t areas)
+{
+	for (size_t i = 0; i < areas; i++) {
+		void *at = (void *)(GAPS_BASE + i * 32 * PAGE);
+		int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE;
+		if (mmap(at, (size_t)16 * PAGE, PROT_READ | PROT_WRITE, flags, -1, 0) != at)
+			exit(5);
+	}
+	char ready[1200], go[1200];
+	name(ready, "ready");
+	name(go, "go");
+	int fd = open(ready, O_WRONLY | O_CREAT, 0644);
+	if (fd < 0)
+		exit(4);
+	close(fd);
+	uint64_t begin = now_ns(), before = begin, looks = 0;
+	while (looks++ % 1000000 != 0 || access(go, F_OK) != 0) {
+		uint64_t after = now_ns();
+		note(after - before);
+		before = after;
+	}
+	for (size_t i = 0; i < areas; i++) {
+		uint64_t *word = (uint64_t *)(GAPS_BASE + i * 32 * PAGE);
+		wrong += *word != (uint64_t)word;
+	}
+	report(now_ns() - begin, looks);
+}
+
 int main(int argc, char **argv)
 {
 	if (argc < 4)
@@ -192,6 +225,8 @@ int main(int argc, char **argv)
 		sweep(length, (size_t)atol(argv[4]), strcmp(argv[5], "random") == 0);
 	else if (strcmp(argv[2], "fresh") == 0 && argc == 5)
 		fresh(length, (size_t)atol(argv[4]) << 20);
+	else if (strcmp(argv[2], "gaps") == 0 && argc == 4)
+		gaps((size_t)atol(argv[3]));
 	else
 		return 2;
 	return 0;
