@@ -27,7 +27,7 @@ from lazyd.errors import AttachError
 from lazyd.image.directory import Program, Vma
 from lazyd.target.descriptors import KCMP_VM, kcmp
 from lazyd.target.expected import Attached, Expected
-from lazyd.target.mappings import Known, Mapping, MappingKind, count_pages, read_mappings
+from lazyd.target.mappings import Known, Mapping, MappingKind, find_pages, read_mappings
 from lazyd.target.process import children, descendants, namespace_pids
 from lazyd.target.remote import Call, RemoteCalls, find_room
 from lazyd.target.survey import check_is_process
@@ -54,7 +54,7 @@ class Attachment:
         mappings = read_mappings(pid, known)
         _check_program(pid, expected)
         check_memory(pid, expected.vmas, mappings)
-        present = list(_present(pid, expected))
+        present = find_pages(pid, _empty_ranges(expected))
         if present and not drop_pages:
             pages = sum(count for _, _, count in present)
             start, end, _ = present[0]
@@ -234,8 +234,8 @@ def _differs(pid: int, vma: Vma, what: str) -> AttachError:
     return AttachError(f"process {pid} is not mapped as the images say: {vma.start:#x}-{vma.end:#x}: {what}")
 
 
-def _present(pid: int, expected: Expected) -> Iterator[tuple[int, int, int]]:
-    """Yield (start, end, pages) of the lazy ranges that have pages, those apart that a restorer fills."""
+def _empty_ranges(expected: Expected) -> Iterator[tuple[int, int]]:
+    """Yield the lazy ranges, those apart that a restorer fills."""
     filled = iter([*expected.filled, (1 << 64, 1 << 64)])
     hole = next(filled)
     for vma in expected.vmas:
@@ -245,10 +245,9 @@ def _present(pid: int, expected: Expected) -> Iterator[tuple[int, int, int]]:
         while at < vma.end:
             while hole[1] <= at:
                 hole = next(filled)
-            end = min(vma.end, hole[0]) if hole[0] > at else at
-            if at < end and (pages := count_pages(pid, at, end)):
-                yield at, end, pages
-            at = max(end, hole[1]) if hole[0] < vma.end else int(vma.end)
+            if at < hole[0]:
+                yield at, min(int(vma.end), hole[0])
+            at = max(at, hole[1]) if hole[0] < vma.end else int(vma.end)
 
 
 def _drop(stopped: StoppedTask, ranges: Iterable[tuple[int, int]]) -> None:

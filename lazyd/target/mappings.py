@@ -17,7 +17,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
@@ -116,24 +116,33 @@ def find_guards(pid: int, mappings: Sequence[Mapping]) -> list[tuple[int, int]]:
     return found
 
 
-def count_pages(pid: int, start: int, end: int) -> int:
-    """Return how many pages of a range are there or swapped, guard pages apart; OSError (before Linux 6.7: ENOTTY)."""
-    found = 0
+def find_pages(pid: int, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Return (start, end, pages) of the ranges that have pages, there or swapped; guard pages are none.
+
+    OSError; ENOTTY before Linux 6.7.
+    """
+    found = []
     regions = ctypes.create_string_buffer(_REGIONS * _REGION.size)
     address, anyof, but = ctypes.addressof(regions), _PRESENT | _SWAPPED, _GUARD
     with Path(f"/proc/{pid}/pagemap").open("rb") as pagemap:
-        while start < end:
-            what = (_REGIONS, 0, but, but, anyof, anyof)
-            try:
-                count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, bytearray(_SCAN.pack(96, 0, start, end, 0, address, *what)))
-            except OSError as error:
-                if error.errno != errno.EINVAL or not but:
-                    raise
-                but = 0  # Linux before 6.15 has guard pages among the swapped ones
-                continue
-            got = [_REGION.unpack_from(regions.raw, index * _REGION.size)[:2] for index in range(count)]
-            found += sum(last - first for first, last in got) // PAGE_SIZE
-            start = got[-1][1] if count == _REGIONS else end
+        for start, end in ranges:
+            at, pages = start, 0
+            while at < end:
+                what = (_REGIONS, 0, but, but, anyof, anyof)
+                try:
+                    count = fcntl.ioctl(
+                        pagemap, _PAGEMAP_SCAN, bytearray(_SCAN.pack(96, 0, at, end, 0, address, *what))
+                    )
+                except OSError as error:
+                    if error.errno != errno.EINVAL or not but:
+                        raise
+                    but = 0  # Linux before 6.15 has guard pages among the swapped ones
+                    continue
+                got = [_REGION.unpack_from(regions, index * _REGION.size)[:2] for index in range(count)]
+                pages += sum(last - first for first, last in got) // PAGE_SIZE
+                at = got[-1][1] if count == _REGIONS else end
+            if pages:
+                found.append((start, end, pages))
     return found
 
 
