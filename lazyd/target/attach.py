@@ -12,6 +12,9 @@ Facts, and what follows:
 - Filters (seccomp) would judge system calls that are not the task's own, and may kill it for them. A tracer with
   CAP_SYS_ADMIN can suspend them (ptrace(2), PTRACE_O_SUSPEND_SECCOMP, with CONFIG_CHECKPOINT_RESTORE); without that
   such a task is refused.
+- The kernel writes a thread's area of rseq(2) whenever it returns to user mode, also from a call that we have it do:
+  in empty memory that makes a page of zeros, which no fault asks for any more. A task whose areas lie in lazy memory is
+  therefore refused.
 - madvise drops pages that should not be there, before the range is registered: later it would wait for its event.
 """
 
@@ -53,6 +56,7 @@ class Attachment:
         self._stopped.append(stopped)
         mappings = read_mappings(pid, known)
         _check_program(pid, expected)
+        _check_rseq(stopped, pid, expected)
         check_memory(pid, expected.vmas, mappings)
         present = find_pages(pid, _empty_ranges(expected))
         if present and not drop_pages:
@@ -181,6 +185,15 @@ def _check_program(pid: int, expected: Expected) -> None:
         what = f"its code starts at {found.start_code:#x} and its stack at {found.start_stack:#x}"
         says = f"{expected.program.start_code:#x} and {expected.program.start_stack:#x}"
         raise AttachError(f"process {pid} runs another program than task {expected.image_pid}: {what}, not {says}")
+
+
+def _check_rseq(stopped: StoppedTask, pid: int, expected: Expected) -> None:
+    for thread in stopped:
+        rseq = thread.rseq()
+        if rseq is not None and any(vma.is_lazy and vma.start <= rseq.address < vma.end for vma in expected.vmas):
+            where = f"process {pid}: the kernel writes to thread {thread.tid}'s area of rseq(2) at {rseq.address:#x}"
+            reason = "which the images call lazy: that cannot be attached to yet; restore it with criu over the socket"
+            raise AttachError(f"{where}, {reason}")
 
 
 def check_memory(pid: int, vmas: Sequence[Vma], mappings: Sequence[Mapping]) -> None:
