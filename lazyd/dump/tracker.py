@@ -23,6 +23,7 @@ from typing import Any
 from lazyd.dump import holder
 from lazyd.dump.core import AreaList, Scanner, Track, open_tracking, track_method
 from lazyd.errors import DumpError, LazydError, SystemCallError
+from lazyd.target.process import stat_fields
 
 _ANSWER_MAX = 64 << 10
 _TIMEOUT_S = 10.0
@@ -185,8 +186,7 @@ def _identity(pid: int) -> list[int]:
     proc(5), stat: 22 start time, 26 start of code, 28 start of stack, 47 start of heap; exec makes the last three
     anew, at random places.
     """
-    text = Path(f"/proc/{pid}/stat").read_text()
-    fields = text[text.rindex(")") + 2 :].split()
+    fields = stat_fields(pid)
     return [pid, *(int(fields[number - 3]) for number in (22, 26, 28, 47))]
 
 

@@ -31,7 +31,7 @@ from lazyd.image.directory import Program, Vma
 from lazyd.target.descriptors import KCMP_VM, kcmp
 from lazyd.target.expected import Attached, Expected
 from lazyd.target.mappings import Known, Mapping, MappingKind, find_pages, read_mappings
-from lazyd.target.process import children, descendants, namespace_pids
+from lazyd.target.process import children, descendants, namespace_pids, stat_fields
 from lazyd.target.remote import Call, RemoteCalls, find_room
 from lazyd.target.survey import check_is_process
 from lazyd.target.tracing import StoppedTask, state_of, status_fields
@@ -177,8 +177,7 @@ def _check_program(pid: int, expected: Expected) -> None:
     """See that a task is what the images are of: parts of a program lie where chance has put them at its exec."""
     if expected.program is None:
         return
-    text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    fields = text[text.rindex(")") + 2 :].split()
+    fields = stat_fields(pid)
     # proc(5): 26 startcode, 28 startstack, 47 start_brk
     found = Program(*(int(fields[number - 3]) for number in (26, 28, 47)))
     if found != expected.program:

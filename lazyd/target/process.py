@@ -64,7 +64,7 @@ class Target:
         except ProcessLookupError:
             return True
         with contextlib.suppress(OSError):
-            return _state(self.pid) in "ZX"
+            return stat_fields(self.pid)[0] in "ZX"
         return True
 
     def stop(self) -> bool:
@@ -80,9 +80,10 @@ class Target:
         os.close(self._pidfd)
 
 
-def _state(pid: int) -> str:
-    text = (_PROC / str(pid) / "stat").read_text()
-    return text[text.rindex(")") + 2]
+def stat_fields(tid: int) -> list[str]:
+    """Return /proc/TID/stat from its third field on: field n of proc(5) is at n - 3; OSError if it is gone."""
+    text = (_PROC / str(tid) / "stat").read_text(errors="replace")
+    return text[text.rindex(")") + 2 :].split()
 
 
 def children(pid: int) -> list[int]:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from lazyd.errors import DumpError
 from lazyd.target import xstate
+from lazyd.target.process import stat_fields
 from lazyd.target.remote import Call, RemoteCalls, Room, find_room
 from lazyd.target.tracing import Registers, Rseq, StoppedTask, Thread, request, status_fields
 
@@ -199,7 +200,7 @@ def read_state(task: StoppedTask) -> TaskState:
         answers = _ask_task(calls, pid, timers)
     threads = [_read_thread(pid, task.leader, leader_answers)]
     threads += [_read_thread(pid, thread, _ask(pid, thread, room)) for thread in task.threads[1:]]
-    stat = _stat(pid)
+    stat = stat_fields(pid)
     status = status_fields(pid)
     return TaskState(
         pid=pid,
@@ -228,12 +229,6 @@ def read_state(task: StoppedTask) -> TaskState:
         dumpable=answers.dumpable,
         huge_pages_disabled=answers.huge_pages_disabled,
     )
-
-
-def _stat(tid: int) -> list[str]:
-    """Return /proc/TID/stat from its third field on: field n of proc(5) is at n - 3."""
-    text = Path(f"/proc/{tid}/stat").read_text(errors="replace")
-    return text[text.rindex(")") + 2 :].split()
 
 
 def _read_number(pid: int, name: str, default: int) -> int:

@@ -29,7 +29,7 @@ from lazyd.target.descriptors import (
     read_descriptors,
 )
 from lazyd.target.mappings import DELETED, Known, Mapping, path_problem, read_mappings
-from lazyd.target.process import children
+from lazyd.target.process import children, stat_fields
 from lazyd.target.tracing import state_of, status_fields, thread_ids
 
 _PF_KTHREAD, _PF_IO_WORKER = 0x00200000, 0x00000010  # include/linux/sched.h; field 9 of stat
@@ -78,8 +78,7 @@ def check_is_process(pid: int) -> None:
 
 def _task_flags(tid: int) -> int:
     with suppress(OSError):
-        text = Path(f"/proc/{tid}/stat").read_text(errors="replace")
-        return int(text[text.rindex(")") + 2 :].split()[9 - 3])
+        return int(stat_fields(tid)[9 - 3])
     return 0
 
 
@@ -89,10 +88,10 @@ def started_at(pid: int) -> int:
     proc(5), stat: field 22, in clock ticks.
     """
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        fields = stat_fields(pid)
     except OSError:
         raise DumpError(f"process {pid} has ended") from None
-    return int(text[text.rindex(")") + 2 :].split()[22 - 3]) * 1_000_000 // os.sysconf("SC_CLK_TCK")
+    return int(fields[22 - 3]) * 1_000_000 // os.sysconf("SC_CLK_TCK")
 
 
 class Survey:
