@@ -17,10 +17,10 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from lazyd.units import PAGE_SIZE
 
@@ -87,33 +87,33 @@ class Mapping(NamedTuple):
         return f"{self.start:#x}-{self.end:#x} {self.name or self.kind.value}"
 
 
+def _scan(pagemap: BinaryIO, start: int, end: int, *, anyof: int, but: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield what of a range has any of some categories and none of others, as PAGEMAP_SCAN says. OSError."""
+    regions = ctypes.create_string_buffer(_REGIONS * _REGION.size)
+    address = ctypes.addressof(regions)
+    while start < end:
+        asked = _SCAN.pack(_SCAN.size, 0, start, end, 0, address, _REGIONS, 0, but, but, anyof, anyof)
+        count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, bytearray(asked))
+        got = [_REGION.unpack_from(regions, index * _REGION.size)[:2] for index in range(count)]
+        yield from got
+        start = got[-1][1] if count == _REGIONS else end
+
+
 def find_guards(pid: int, mappings: Sequence[Mapping]) -> list[tuple[int, int]]:
     """Return the ranges of guard pages in a stopped task's mappings.
 
     Where the kernel does not know PAGEMAP_SCAN's category for them (before 6.15) there are none that can be seen.
     """
-    found: list[tuple[int, int]] = []
     areas = [mapping for mapping in mappings if mapping.may_have_guards and mapping.kind in _MAY_BE_GUARDED]
     if not areas:
-        return found
-    regions = ctypes.create_string_buffer(_REGIONS * _REGION.size)
+        return []
     with Path(f"/proc/{pid}/pagemap").open("rb") as pagemap:
-        for area in areas:
-            at = area.start
-            while at < area.end:
-                asked = bytearray(
-                    _SCAN.pack(_SCAN.size, 0, at, area.end, 0, ctypes.addressof(regions), _REGIONS, 0, 0, *[_GUARD] * 3)
-                )
-                try:
-                    count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, asked)
-                except OSError as error:
-                    if error.errno in (errno.EINVAL, errno.ENOTTY):
-                        return []
-                    raise
-                got = [_REGION.unpack_from(regions.raw, index * _REGION.size)[:2] for index in range(count)]
-                found += got
-                at = got[-1][1] if count == _REGIONS else area.end
-    return found
+        try:
+            return [found for area in areas for found in _scan(pagemap, area.start, area.end, anyof=_GUARD)]
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENOTTY):
+                return []
+            raise
 
 
 def find_pages(pid: int, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
@@ -122,26 +122,17 @@ def find_pages(pid: int, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, i
     OSError; ENOTTY before Linux 6.7.
     """
     found = []
-    regions = ctypes.create_string_buffer(_REGIONS * _REGION.size)
-    address, anyof, but = ctypes.addressof(regions), _PRESENT | _SWAPPED, _GUARD
+    but = _GUARD
     with Path(f"/proc/{pid}/pagemap").open("rb") as pagemap:
         for start, end in ranges:
-            at, pages = start, 0
-            while at < end:
-                what = (_REGIONS, 0, but, but, anyof, anyof)
-                try:
-                    count = fcntl.ioctl(
-                        pagemap, _PAGEMAP_SCAN, bytearray(_SCAN.pack(96, 0, at, end, 0, address, *what))
-                    )
-                except OSError as error:
-                    if error.errno != errno.EINVAL or not but:
-                        raise
-                    but = 0  # Linux before 6.15 has guard pages among the swapped ones
-                    continue
-                got = [_REGION.unpack_from(regions, index * _REGION.size)[:2] for index in range(count)]
-                pages += sum(last - first for first, last in got) // PAGE_SIZE
-                at = got[-1][1] if count == _REGIONS else end
-            if pages:
+            try:
+                runs = list(_scan(pagemap, start, end, anyof=_PRESENT | _SWAPPED, but=but))
+            except OSError as error:
+                if error.errno != errno.EINVAL or not but:
+                    raise
+                but = 0  # Linux before 6.15 has guard pages among the swapped ones
+                runs = list(_scan(pagemap, start, end, anyof=_PRESENT | _SWAPPED))
+            if pages := sum(last - first for first, last in runs) // PAGE_SIZE:
                 found.append((start, end, pages))
     return found
 
