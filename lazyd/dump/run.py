@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Sequence
 from enum import Enum
@@ -31,7 +30,7 @@ from lazyd.dump.memory import LocalImages, MemoryCounts, MemoryDump, PagemapForm
 from lazyd.dump.page_server import PageServer
 from lazyd.dump.tracker import Tracker
 from lazyd.dump.watch import Watch
-from lazyd.errors import DumpError, ImageError, LazydError
+from lazyd.errors import DumpError, ImageError
 from lazyd.image.directory import ImagesDirectory
 from lazyd.image.pagemap import Dialect
 from lazyd.image.stats import DumpStats, write_stats
@@ -236,21 +235,10 @@ def _dump_stopped(  # noqa: PLR0917  one dump's parts, made one by one by its ca
         punched = destination.punch_parents()
     if settings.is_tracking:
         for task in tasks:
-            reason = _leave(task, writer.path)
-            if reason is not None:
-                log.warning(f"writes of process {task.pid} are not tracked{reason}: the next dump will be a full one")
+            if task.tracker is None or not task.tracker.leave(writer.path, task.pagemap_name):
+                log.warning(f"writes of process {task.pid} are not tracked: the next dump will be a full one")
     times = Times(stopped - stopping, stopped - stopping + frozen, time.monotonic() - begun)
     return Dumped(settings, [image.state for image in images], counts, times, punched)
-
-
-def _leave(task: _Task, images: Path) -> str | None:
-    """Leave a task's tracking behind; return None, or why not. The images are there, so it is no failure of theirs."""
-    try:
-        if task.tracker is not None and task.tracker.leave(images, task.pagemap_name):
-            return None
-    except (OSError, LazydError, subprocess.SubprocessError) as error:
-        return f" ({error})"
-    return ""
 
 
 def _stop_all(tasks: list[_Task], settings: Settings) -> None:
