@@ -282,7 +282,7 @@ class ExtentTable:
 
     def filled_by_restorer(self) -> list[tuple[int, int]]:
         """Return the ranges of dumped pages that are not lazy, in order of address."""
-        lazy = bytes(self.buffer)[_LAZY_AT::ROW_BYTES]
+        lazy = bytes(memoryview(self.buffer).cast("B")[_LAZY_AT::ROW_BYTES])
         found = []
         index = lazy.find(0)
         while index >= 0:
