@@ -21,12 +21,28 @@ from typing import NamedTuple
 
 from images_builder import Entry, Task, build_checkpoint
 
+from lazyd.target.tracing import status_fields
+
 PAGE = 4096
 BASE = 0x10_0000_0000
 PID = 100
 TIMEOUT_S = 60.0
 STRESS = max(1, int(os.environ.get("LAZYD_STRESS", "1")))
 SOURCE = Path(__file__).with_name("skeleton.c")
+STEADY_KINDS = [
+    "registers",
+    "memory",
+    "calls",
+    "nanosleep",
+    "poll",
+    "ppoll",
+    "futex",
+    "read",
+    "handler",
+    "sigsuspend",
+    "pending",
+]
+"""What threads of tests/victims/steady.c do, those apart that wait for something."""
 
 
 class Run(NamedTuple):
@@ -71,6 +87,16 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = TIME
         if time.monotonic() > end:
             raise AssertionError(f"waited {seconds:g} s for {what}")
         time.sleep(0.001)
+
+
+def layout(pid: int) -> tuple:
+    """What of a steady must be as before: mappings by address and protection, descriptors, signals, tracer."""
+    maps = [line.split()[:2] for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    status = status_fields(pid)
+    kept = {name: status[name] for name in ("TracerPid", "SigIgn", "SigCgt", "Threads")}
+    # The victim blocks these two and lets them through from moment to moment, and watches over them itself.
+    kept["SigBlk"] = int(status["SigBlk"], 16) | 1 << signal.SIGUSR1 - 1 | 1 << signal.SIGUSR2 - 1
+    return maps, sorted(Path(f"/proc/{pid}/fd").iterdir()), kept
 
 
 def task_state(pid: int) -> str:

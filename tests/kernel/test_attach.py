@@ -19,36 +19,27 @@ from pathlib import Path
 
 import pytest
 from images_builder import Entry, Task, build_checkpoint
-from kernel_harness import BASE, PAGE, STRESS, Run, Vma, descendants, memory, task_state, wait_until
+from kernel_harness import (
+    BASE,
+    PAGE,
+    STEADY_KINDS,
+    STRESS,
+    Run,
+    Vma,
+    descendants,
+    layout,
+    memory,
+    task_state,
+    wait_until,
+)
 
 from lazyd.errors import AttachError, LazydError
 from lazyd.image import load
 from lazyd.target import Expected, tracing
 from lazyd.target.attach import attach_all, find_tasks
 
-KINDS = [
-    "registers",
-    "memory",
-    "calls",
-    "nanosleep",
-    "poll",
-    "ppoll",
-    "futex",
-    "read",
-    "handler",
-    "sigsuspend",
-    "pending",
-]
 LAZY_BASE, LAZY_PAGES = 0x2000_0000_0000, 1024
 IMAGE_PID = 100
-
-
-def layout(pid):
-    """What must be as before: mappings by address and protection, descriptors, signal dispositions, tracer."""
-    maps = [line.split()[:2] for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
-    status = tracing.status_fields(pid)
-    kept = {name: status[name] for name in ("TracerPid", "SigIgn", "SigCgt", "Threads")}
-    return maps, sorted(Path(f"/proc/{pid}/fd").iterdir()), kept
 
 
 def stop(pid):
@@ -128,14 +119,14 @@ def check_served(victim, daemon, before):
     assert victim.finish() == "ok\n"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STEADY_KINDS)
 def test_a_task_cannot_tell(start, serve, kind):
     victim = start(kind, "lazy")
     check_served(victim, serve(victim.pid), layout(victim.pid))
 
 
 def test_64_threads(start, serve):
-    victim = start(*(KINDS * 6)[:62], "lazy")
+    victim = start(*(STEADY_KINDS * 6)[:62], "lazy")
     assert len(tracing.thread_ids(victim.pid)) == 64
     check_served(victim, serve(victim.pid), layout(victim.pid))
 

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from kernel_harness import STRESS, wait_until
+from kernel_harness import STEADY_KINDS, STRESS, layout, wait_until
 
 from lazyd.errors import DumpError
 from lazyd.target import tracing
@@ -25,30 +25,7 @@ from lazyd.target.survey import check_is_process
 from lazyd.target.tracing import StoppedTask
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-KINDS = [
-    "registers",
-    "memory",
-    "calls",
-    "nanosleep",
-    "poll",
-    "ppoll",
-    "futex",
-    "read",
-    "handler",
-    "sigsuspend",
-    "pending",
-]
 SYS_GETTID, SYS_GETPID, SYS_DUP, SYS_CLOSE, SYS_UNAME, SYS_GETPPID = 186, 39, 32, 3, 63, 110
-
-
-def layout(pid):
-    """What must be as before: mappings by address and protection, descriptors, signal dispositions, tracer."""
-    maps = [line.split()[:2] for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
-    status = tracing.status_fields(pid)
-    kept = {name: status[name] for name in ("TracerPid", "SigIgn", "SigCgt", "Threads")}
-    # The victim blocks these two and lets them through from moment to moment, and watches over them itself.
-    kept["SigBlk"] = int(status["SigBlk"], 16) | 1 << signal.SIGUSR1 - 1 | 1 << signal.SIGUSR2 - 1
-    return maps, sorted(Path(f"/proc/{pid}/fd").iterdir()), kept
 
 
 def look_around(pid):
@@ -66,7 +43,7 @@ def look_around(pid):
             assert thread.signal_mask() == mask
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STEADY_KINDS)
 def test_a_task_cannot_tell_that_it_did_system_calls(start, kind):
     victim = start(kind)
     before = layout(victim.pid)
@@ -79,7 +56,7 @@ def test_a_task_cannot_tell_that_it_did_system_calls(start, kind):
 
 
 def test_many_threads_of_all_kinds(start):
-    victim = start(*KINDS, *KINDS, *KINDS, *KINDS, *KINDS)
+    victim = start(*STEADY_KINDS, *STEADY_KINDS, *STEADY_KINDS, *STEADY_KINDS, *STEADY_KINDS)
     before = layout(victim.pid)
     for _ in range(5 * STRESS):
         look_around(victim.pid)
