@@ -85,7 +85,7 @@ static void name(char *out, const char *file)
 	snprintf(out, 1200, "%s/%s", dir, file);
 }
 
-static void wait_for_dump(void)
+static void say_ready(void)
 {
 	char path[1200];
 	name(path, "ready");
@@ -93,6 +93,12 @@ static void wait_for_dump(void)
 	if (fd < 0)
 		exit(4);
 	close(fd);
+}
+
+static void wait_for_dump(void)
+{
+	char path[1200];
+	say_ready();
 	name(path, "go");
 	struct timespec nap = { 0, 200000 };
 	do
@@ -195,13 +201,9 @@ static void gaps(size_t areas)
 		if (mmap(at, (size_t)16 * PAGE, PROT_READ | PROT_WRITE, flags, -1, 0) != at)
 			exit(5);
 	}
-	char ready[1200], go[1200];
-	name(ready, "ready");
+	char go[1200];
 	name(go, "go");
-	int fd = open(ready, O_WRONLY | O_CREAT, 0644);
-	if (fd < 0)
-		exit(4);
-	close(fd);
+	say_ready();
 	uint64_t begin = now_ns(), before = begin, looks = 0;
 	while (looks++ % 1000000 != 0 || access(go, F_OK) != 0) {
 		uint64_t after = now_ns();
