@@ -10,12 +10,21 @@
 #define ACTIVE_FILL_PAGES 12U
 #define IDLE_CHUNK_PAGES 64U
 #define HAND_BACK_REGIONS 8U /* looked at in one round */
-#define QUIET_NS 1000000U    /* since the last layout event, before anything is handed back */
+#define SETTLED_IN_NS 10000000U /* a task has to run this long, */
+#define QUIET_NS 2000000U       /* and to leave its layout alone this long, before anything is handed back */
 #define HELP_PAGES 256U      /* less than this is not worth a helper */
 #define CHUNK_COPIES 16U     /* copies in one chunk, however small */
 #define NEAR_PAGES 2048U     /* how far behind a fault the fill looks before it goes on elsewhere */
 #define RATE_BURST_BYTES (1U << 20)
 #define AHEAD_BYTES (4ULL << 20) /* read in one request, and this far before the fill needs it */
+
+/* Whether a task has left its layout alone for a while, since it runs. */
+static bool is_quiet(const struct lz_worker *worker, const struct lz_task *task, uint64_t now)
+{
+	const uint64_t start_ns = worker->engine->shared->fill_start_ns;
+
+	return now >= task->event_ns + QUIET_NS && now >= start_ns + SETTLED_IN_NS;
+}
 
 /*
  * Give a done block back to the kernel. The head of worker.c says why in this order. A VMA that grows in the middle of
@@ -37,7 +46,7 @@ static void hand_back(struct lz_worker *worker, struct lz_task *task, uint32_t n
 	start = lz_space_region(arena, &task->space, first)->start;
 	region = lz_space_region(arena, &task->space, first + regions - 1);
 	end = region->start + BYTES(region->pages);
-	if (lz_now_ns() - task->event_ns < QUIET_NS || lz_uffd_settled(task->uffd) < 0) {
+	if (!is_quiet(worker, task, lz_now_ns()) || lz_uffd_settled(task->uffd) < 0) {
 		task->handed_back = task->space.regions + 1;
 		return;
 	}
@@ -126,6 +135,8 @@ static void hand_back_empty(struct lz_worker *worker, struct lz_task *task)
 
 	const bool is_first = !task->handed_back;
 
+	if (is_first)
+		lz_helper_recall(worker, task); /* what it has is still missing */
 	for (uint32_t i = 0; is_first && i < task->space.regions; i++) {
 		struct lz_region *region = LZ_AT(arena, struct lz_region, task->space.regions_offset) + i;
 
@@ -384,7 +395,7 @@ bool lz_fill(struct lz_worker *worker, uint64_t now)
 			continue;
 		if (task->events)
 			continue;
-		if (task->handed_back != 1 && now - task->event_ns >= QUIET_NS)
+		if (task->handed_back != 1 && is_quiet(worker, task, now))
 			hand_back_empty(worker, task);
 		if (!full) {
 			if (task->near)
