@@ -117,6 +117,39 @@ def descendants(pid: int) -> list[int]:
     return found + [below for child in found for below in descendants(child)]
 
 
+def command_name(pid: int) -> str:
+    """The name that ps shows; "" if it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
+def processes_in(folder: Path) -> list[int]:
+    """All processes that live in a folder, by their current directory or an open file; zombies have neither."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        links = [entry / "cwd"]
+        with contextlib.suppress(OSError):
+            links += (entry / "fd").iterdir()
+        for link in links:
+            with contextlib.suppress(OSError):
+                if link.readlink().is_relative_to(folder):
+                    found.append(int(entry.name))
+                    break
+    return found
+
+
+def kill_processes_in(folder: Path) -> None:
+    """End what a test has left: processes that were made in its folder, whoever their parent is now."""
+    while left := processes_in(folder):
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.001)
+
+
 class Daemon:
     """A daemon on its way to an exit code."""
 
@@ -152,6 +185,27 @@ class Daemon:
         """Send it a signal; it has not been reaped."""
         assert self._code is None
         os.kill(self.pid, number)
+
+    def family(self) -> dict[str, int]:
+        """The processes that keep and serve, by office; those that are there at the moment.
+
+        The keeper is the one that was started until it dies, and then the one that took its office.
+        """
+        names = {pid: command_name(pid) for pid in processes_in(self.work)}
+        found = {name.removeprefix("lazyd-"): pid for pid, name in names.items() if name.startswith("lazyd-")}
+        if self.poll() is None:
+            found["keeper"] = self.pid
+        return found
+
+    def whole_family(self) -> dict[str, int]:
+        """The same, once it is complete."""
+        wait_until(lambda: len(self.family()) == 3, "a keeper, a server and a standby")
+        return self.family()
+
+    def server(self) -> int:
+        """The process that serves, once there is one."""
+        wait_until(lambda: "server" in self.family(), f"a process that serves; the daemon said:\n{self.output}")
+        return self.family()["server"]
 
     def close(self) -> None:
         """End it and the processes it has made, whatever they are doing."""
@@ -223,6 +277,7 @@ class Stage:
     def close(self) -> None:
         """End what runs."""
         self._running.close()
+        kill_processes_in(self.folder)
 
     def build(self, tasks: dict[int, Sequence[Vma]], *, zombies: Sequence[int] = ()) -> Path:
         """Write the checkpoint of some tasks."""
