@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from images_builder import Entry, Task, build_checkpoint
+from process_harness import OFFICES, family_in, kill_processes_in
 
 from lazyd.target.tracing import status_fields
 
@@ -117,39 +118,6 @@ def descendants(pid: int) -> list[int]:
     return found + [below for child in found for below in descendants(child)]
 
 
-def command_name(pid: int) -> str:
-    """The name that ps shows; "" if it is gone."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    return ""
-
-
-def processes_in(folder: Path) -> list[int]:
-    """All processes that live in a folder, by their current directory or an open file; zombies have neither."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        links = [entry / "cwd"]
-        with contextlib.suppress(OSError):
-            links += (entry / "fd").iterdir()
-        for link in links:
-            with contextlib.suppress(OSError):
-                if link.readlink().is_relative_to(folder):
-                    found.append(int(entry.name))
-                    break
-    return found
-
-
-def kill_processes_in(folder: Path) -> None:
-    """End what a test has left: processes that were made in its folder, whoever their parent is now."""
-    while left := processes_in(folder):
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.001)
-
-
 class Daemon:
     """A daemon on its way to an exit code."""
 
@@ -191,15 +159,11 @@ class Daemon:
 
         The keeper is the one that was started until it dies, and then the one that took its office.
         """
-        names = {pid: command_name(pid) for pid in processes_in(self.work)}
-        found = {name.removeprefix("lazyd-"): pid for pid, name in names.items() if name.startswith("lazyd-")}
-        if self.poll() is None:
-            found["keeper"] = self.pid
-        return found
+        return family_in(self.work, self.pid if self.poll() is None else 0)
 
     def whole_family(self) -> dict[str, int]:
         """The same, once it is complete."""
-        wait_until(lambda: len(self.family()) == 3, "a keeper, a server and a standby")
+        wait_until(lambda: self.family().keys() == {*OFFICES}, "a keeper, a server and a standby")
         return self.family()
 
     def server(self) -> int:

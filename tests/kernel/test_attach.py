@@ -26,13 +26,13 @@ from kernel_harness import (
     STRESS,
     Run,
     Vma,
-    command_name,
     descendants,
     layout,
     memory,
     task_state,
     wait_until,
 )
+from process_harness import command_name
 
 from lazyd.errors import AttachError, LazydError
 from lazyd.image import load

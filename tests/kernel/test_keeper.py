@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import random
 import signal
@@ -12,6 +11,7 @@ import time
 
 import pytest
 from kernel_harness import BASE, PID, STRESS, full, hand_over, memory, sparse, wait_until
+from process_harness import KILLED, is_whole_again, kill_offices
 
 STEPS = {
     "sweep": ["sweep", "random", "2"],
@@ -54,25 +54,6 @@ def test_the_server_is_killed_at_any_moment(stage, steps, fill):
         assert daemon.wait() == 0, daemon.output
 
 
-OFFICES = ("server", "keeper", "standby")
-KILLED = [*itertools.combinations(OFFICES, 1), *itertools.combinations(OFFICES, 2)]
-
-
-def kill_offices(daemon, offices):
-    """Kill processes of a complete family, with no time between; what is not there any more is done."""
-    family = daemon.family()
-    for office in offices:
-        with contextlib.suppress(ProcessLookupError, KeyError):
-            os.kill(family[office], signal.SIGKILL)
-    return family
-
-
-def is_whole_again(daemon, before, offices):
-    """Whether others hold the offices that were killed, or the work was done just then."""
-    family = daemon.family()
-    return not family or (len(family) == 3 and not any(before.get(one) in family.values() for one in offices))
-
-
 @pytest.mark.parametrize("fill", ["full", "off"])
 @pytest.mark.parametrize("offices", KILLED, ids="-".join)
 def test_any_two_are_killed_at_once_at_any_moment(stage, offices, fill):
@@ -92,9 +73,10 @@ def test_any_two_are_killed_at_once_at_any_moment(stage, offices, fill):
             skeleton.heard("runs")
         for _ in range(2):
             time.sleep(dice.random() * 0.02)
-            before = kill_offices(daemon, dice.sample(offices, len(offices)))
+            before = daemon.family()
+            kill_offices(before, dice.sample(offices, len(offices)))
             wait_until(
-                lambda daemon=daemon, before=before: is_whole_again(daemon, before, offices),
+                lambda daemon=daemon, before=before: is_whole_again(daemon.family(), before, offices),
                 f"others in the place of {offices}; the daemon said:\n{daemon.output}",
             )
         result = skeleton.wait()
