@@ -449,9 +449,9 @@ class _Family:
 
 def _abort() -> NoReturn:
     """End with a trace for whoever mends the bug: as a crash, which others survive."""
-    import traceback  # noqa: PLC0415  slow to import, and needed by bugs only
+    with contextlib.suppress(BaseException):
+        import traceback  # noqa: PLC0415  slow to import, and needed by bugs only
 
-    with contextlib.suppress(Exception):
         traceback.print_exc()
     flush()
     os.abort()

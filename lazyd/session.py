@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -68,6 +69,8 @@ the listening descriptor plus 1, once it is not needed any more."""
 ALONE_S = 0.2
 """How long a keeper may take to be replaced by its standby, before the server makes one."""
 SAME_SIGNAL_S = 0.25
+_OWN_DESCRIPTORS = 32
+"""What is opened later, beside the tasks' own: those of the keeping, the connection, some for forks and for reading."""
 _USERFAULTFD = "anon_inode:[userfaultfd]"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
@@ -137,6 +140,7 @@ class Session:
         try:
             with load(settings.images, settings.dialect) as checkpoint:
                 self._prepare(checkpoint)
+            self._check_descriptors()
         except BaseException:
             self.close()
             raise
@@ -195,6 +199,22 @@ class Session:
             f" {human_bytes(pages * PAGE_SIZE)} to serve lazily, from {len(self._source_paths)} pages images"
             f" in a chain of {checkpoint.depth}; {checkpoint.dialect.value} ({checkpoint.dialect_reason})"
         )
+
+    def _check_descriptors(self) -> None:
+        """Refuse to begin what would end for lack of descriptors, with tasks that depend on it.
+
+        The engine has raised the limit as far as it may be. Every task's userfaultfd is open until all are restored.
+        """
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            needed = len(os.listdir("/proc/self/fd")) + _OWN_DESCRIPTORS + len(self._tasks)  # noqa: PTH208  only counted
+        except OSError as error:
+            raise SystemCallError("counting open files", error.errno or 0) from error
+        if needed > limit:
+            tasks = f"{len(self._tasks)} task{'' if len(self._tasks) == 1 else 's'}"
+            raise LazydError(
+                f"{tasks}: {needed} open files are needed, and the limit is {limit} (raise it: ulimit -n {needed})"
+            )
 
     def _expect(self, checkpoint: Checkpoint, wanted: frozenset[int]) -> None:
         """Leave of the images only what is attached to, and keep what its tasks must look like."""
@@ -740,8 +760,10 @@ class Session:
 
 def _describe(error: BaseException) -> str:
     """Return a bug's whole trace: nobody may be there to see it on a terminal."""
-    import traceback  # noqa: PLC0415  slow to import, and needed by bugs only
-
+    try:
+        import traceback  # noqa: PLC0415  slow to import, and needed by bugs only
+    except OSError:  # no descriptor is left to read it through
+        return repr(error)
     return "".join(traceback.format_exception(error)).rstrip()
 
 

@@ -261,14 +261,14 @@ class Stage:
         made += [Task(pid, ppid=made[0].pid, zombie=True) for pid in zombies]
         return build_checkpoint(self.images, made)
 
-    def start_daemon(self, *words: str, listening: bool = True) -> Daemon:
-        """Start `lazyd` as a fork of this process and wait until it listens."""
+    def start_daemon(self, *words: str, listening: bool = True, prepare: Callable[[], object] = lambda: None) -> Daemon:
+        """Start `lazyd` as a fork of this process, which is to `prepare` itself, and wait until it listens."""
         reading, writing = os.pipe()
         arguments = ["-D", str(self.images), "-W", str(self.work), "--status-fd", str(writing), *words]
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
-            self._be_daemon(arguments)
+            self._be_daemon(arguments, prepare)
         os.close(writing)
         return self._await_daemon(pid, reading, listening=listening)
 
@@ -284,7 +284,7 @@ class Stage:
         os.close(writing)
         return self._await_daemon(process.pid, reading, listening=listening)
 
-    def _be_daemon(self, arguments: list[str]) -> None:
+    def _be_daemon(self, arguments: list[str], prepare: Callable[[], object]) -> None:
         code = 99
         try:
             signal.setitimer(signal.ITIMER_REAL, 0)  # pytest-timeout's
@@ -295,6 +295,7 @@ class Stage:
             sys.stderr = os.fdopen(2, "w")
             for number in (signal.SIGINT, signal.SIGALRM):
                 signal.signal(number, signal.SIG_DFL)
+            prepare()
             from lazyd.cli import main  # noqa: PLC0415  imported already; named here for the fork's sake
 
             code = main(arguments)
