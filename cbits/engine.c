@@ -19,12 +19,14 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/signalfd.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 #define RESERVE_FDS 64U
+#define RESERVE_SHARE 4U /* and of the limit no more than one in so many */
 
 uint64_t lz_now_ns(void)
 {
@@ -212,11 +214,21 @@ int lz_engine_prepare(struct lz_engine *engine, int image_pid, const struct lz_e
 	return (int)added->number;
 }
 
+static uint32_t reserve_size(void)
+{
+	struct rlimit limit;
+
+	if (getrlimit(RLIMIT_NOFILE, &limit) < 0 || limit.rlim_cur / RESERVE_SHARE >= RESERVE_FDS)
+		return RESERVE_FDS;
+	return (uint32_t)(limit.rlim_cur / RESERVE_SHARE);
+}
+
 int lz_engine_start(struct lz_engine *engine)
 {
+	const uint32_t most = reserve_size();
 	int result;
 
-	for (; engine->reserve_fds < RESERVE_FDS; engine->reserve_fds++) {
+	for (; engine->reserve_fds < most; engine->reserve_fds++) {
 		int fd = fcntl(engine->notify, F_DUPFD_CLOEXEC, 0);
 
 		if (fd < 0)
@@ -235,14 +247,14 @@ int lz_engine_start(struct lz_engine *engine)
 	return result;
 }
 
-bool lz_engine_spend_reserve(struct lz_engine *engine)
+int lz_engine_spend_reserve(struct lz_engine *engine)
 {
-	bool spent = false;
+	int spent = 0;
 
 	pthread_mutex_lock(&engine->lock);
 	if (engine->reserve_fds) {
 		close(engine->reserve_fd[--engine->reserve_fds]);
-		spent = true;
+		spent = 1;
 	}
 	pthread_mutex_unlock(&engine->lock);
 	return spent;
@@ -307,14 +319,80 @@ int lz_engine_attach(struct lz_engine *engine, uint32_t number, int uffd, int ru
 	return result;
 }
 
+/* Have no thread of this process know of a task: what lz_engine_stop has left. */
+static void forget_threads(struct lz_engine *engine)
+{
+	engine->stopping = 0;
+	engine->abandoning = 0;
+	lz_io_reset(&engine->io);
+	for (uint32_t i = 0; i < engine->workers; i++) {
+		struct lz_worker *worker = &engine->worker[i];
+
+		worker->tasks = 0;
+		worker->turn = 0;
+		worker->pendings = 0;
+		worker->outstanding = 0;
+		worker->inbox_count = 0;
+		memset(&worker->helper, 0, sizeof(worker->helper));
+	}
+}
+
+void lz_engine_release_reserve(struct lz_engine *engine)
+{
+	while (lz_engine_spend_reserve(engine))
+		;
+}
+
+void lz_engine_descriptors(struct lz_engine *engine, uint8_t *is, uint32_t count)
+{
+	uint32_t tasks = __atomic_load_n(&engine->shared->tasks, __ATOMIC_ACQUIRE);
+
+	memset(is, LZ_DESCRIPTOR_UNKNOWN, count);
+	for (uint32_t i = 0; i < tasks; i++) {
+		const struct lz_task *task = nth_task(engine, i);
+
+		if (task->closing > 0 && (uint32_t)task->closing <= count)
+			is[task->closing - 1] = LZ_DESCRIPTOR_DONE;
+		else if (task->status > LZ_TASK_SERVING && task->uffd >= 0 && (uint32_t)task->uffd < count)
+			is[task->uffd] = LZ_DESCRIPTOR_DONE;
+	}
+	/* Behind those, whose number another may have got meanwhile. */
+	for (uint32_t i = 0; i < tasks; i++) {
+		const struct lz_task *task = nth_task(engine, i);
+
+		if (task->status == LZ_TASK_SERVING && task->uffd >= 0 && (uint32_t)task->uffd < count)
+			is[task->uffd] = LZ_DESCRIPTOR_SERVED;
+		for (uint32_t k = 0; k < task->events && k < LZ_BATCH_ROOM; k++) {
+			const struct lz_event *event = &task->event[k];
+
+			if (event->event == UFFD_EVENT_FORK && event->uffd >= 0 && (uint32_t)event->uffd < count)
+				is[event->uffd] = LZ_DESCRIPTOR_SERVED;
+		}
+	}
+	for (uint32_t i = 0; i < engine->workers; i++) {
+		for (uint32_t k = 0; k < LZ_MESSAGES; k++) {
+			const struct uffd_msg *message = &engine->worker[i].flight->message[k];
+
+			if (message->event == UFFD_EVENT_FORK && message->arg.fork.ufd < count)
+				is[message->arg.fork.ufd] = LZ_DESCRIPTOR_SERVED;
+		}
+	}
+}
+
 int lz_engine_resume(struct lz_engine *engine)
 {
 	uint32_t tasks = __atomic_load_n(&engine->shared->tasks, __ATOMIC_ACQUIRE);
 	int served = 0;
 
+	forget_threads(engine);
 	for (uint32_t i = 0; i < tasks; i++) {
-		if (nth_task(engine, i)->status == LZ_TASK_SERVING)
-			lz_events_take_up(nth_task(engine, i));
+		struct lz_task *task = nth_task(engine, i);
+
+		if (task->status == LZ_TASK_SERVING)
+			lz_events_take_up(task);
+		else
+			task->uffd = -1; /* not handed over yet, or closed */
+		task->closing = 0;
 	}
 	for (uint32_t i = 0; i < engine->workers; i++) {
 		struct lz_flight *flight = engine->worker[i].flight;
@@ -384,6 +462,23 @@ int lz_fork_keeping_fds(void)
 	return child < 0 ? -errno : (int)child;
 }
 
+int lz_swap(uint64_t *word, uint64_t old, uint64_t changed)
+{
+	return __atomic_compare_exchange_n(word, &old, changed, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+}
+
+int lz_signals_open(const int *numbers, uint32_t count)
+{
+	sigset_t set;
+	int fd;
+
+	sigemptyset(&set);
+	for (uint32_t i = 0; i < count; i++)
+		sigaddset(&set, numbers[i]);
+	fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+	return fd < 0 ? -errno : fd;
+}
+
 void lz_engine_hurry(struct lz_engine *engine)
 {
 	__atomic_store_n(&engine->shared->fill_rate, 0, __ATOMIC_RELEASE);
@@ -438,8 +533,7 @@ void lz_engine_free(struct lz_engine *engine)
 			munmap((void *)(uintptr_t)engine->source[i].map, engine->source[i].size);
 		close(engine->source[i].fd);
 	}
-	while (lz_engine_spend_reserve(engine))
-		;
+	lz_engine_release_reserve(engine);
 	if (engine->notify >= 0)
 		close(engine->notify);
 	lz_arena_free(engine->arena);

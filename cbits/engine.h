@@ -35,6 +35,7 @@ struct lz_task {
 	int32_t parent;
 	int32_t uffd;
 	uint32_t status; /* enum lz_task_status; atomic */
+	int32_t closing; /* plus 1: its uffd, while it is being closed; 0: none */
 	uint32_t number;
 	uint32_t worker;
 	uint32_t fill_region; /* regions before it are done */
@@ -193,8 +194,6 @@ void lz_engine_wake_worker(struct lz_worker *worker);
 int lz_engine_add_task(struct lz_engine *engine, const struct lz_task *like, struct lz_task **task);
 void lz_engine_notify(struct lz_engine *engine, const struct lz_notice *notice);
 struct lz_task *lz_engine_task_at(struct lz_engine *engine, uint32_t number);
-/* Release one reserved descriptor number, so that the next one can be received. False: none is left. */
-bool lz_engine_spend_reserve(struct lz_engine *engine);
 uint64_t lz_now_ns(void);
 
 #endif

@@ -135,6 +135,14 @@ void lz_io_stop(struct lz_io *io)
 		pthread_join(io->reader[--io->readers], NULL);
 }
 
+void lz_io_reset(struct lz_io *io)
+{
+	io->stopping = false;
+	io->ahead_running = 0;
+	for (uint32_t i = 0; i < LZ_READS; i++)
+		io->read[i].state = LZ_READ_FREE;
+}
+
 static uint32_t queue(struct lz_io *io, struct lz_read read)
 {
 	uint32_t number = LZ_NO_READ;

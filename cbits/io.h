@@ -51,6 +51,8 @@ void lz_io_init(struct lz_io *io, struct lz_engine *engine);
 int lz_io_start(struct lz_io *io);
 /* Ends the readers; a read that waits for a disk is waited for. */
 void lz_io_stop(struct lz_io *io);
+/* Forget what was asked, while no reader runs, so that it may be started again. */
+void lz_io_reset(struct lz_io *io);
 /* Have bytes of a source read for a fault. Returns the read's number, or LZ_NO_READ when there are too many. */
 uint32_t lz_io_fetch(struct lz_io *io, struct lz_worker *worker, uint16_t source, uint64_t start, uint64_t end);
 /* True, and the number is free again, when a read that lz_io_fetch began is done. */

@@ -339,11 +339,25 @@ int lz_engine_prepare(struct lz_engine *engine, int image_pid, const struct lz_e
 /* Start the workers. */
 int lz_engine_start(struct lz_engine *engine);
 /*
- * In a copy of this process that shares its descriptors (lz_fork_keeping_fds) and was made before lz_engine_start:
- * take up the tasks that the process which ran the workers served when it died. Before lz_engine_start. Returns how
- * many, or -errno.
+ * While no thread runs here, in a copy of the process that shares its descriptors (lz_fork_keeping_fds) or in the same
+ * one after lz_engine_stop: take up the tasks that were served when the workers ended, whatever ended them. Before
+ * lz_engine_start. Returns how many, or -errno.
  */
 int lz_engine_resume(struct lz_engine *engine);
+/* Release a descriptor number that is held for forks, so that one can be received: 1, or 0 if none is left. */
+int lz_engine_spend_reserve(struct lz_engine *engine);
+/* Give back the descriptors that are held for forks, while no thread runs. */
+void lz_engine_release_reserve(struct lz_engine *engine);
+
+/* What a descriptor is to the state that is shared. */
+enum lz_descriptor {
+	LZ_DESCRIPTOR_UNKNOWN = 0,
+	LZ_DESCRIPTOR_SERVED = 1, /* the userfaultfd of a task, or of a fork that is not applied yet */
+	LZ_DESCRIPTOR_DONE = 2,   /* one that was to be closed, its task having ended, when the process died */
+};
+
+/* Fill is[0..count), by descriptor, with enum lz_descriptor; while no process serves. */
+void lz_engine_descriptors(struct lz_engine *engine, uint8_t *is, uint32_t count);
 /* Whether the restore was said to be finished, by this process or by the one before. */
 int lz_engine_is_finished(struct lz_engine *engine);
 /*
@@ -351,6 +365,10 @@ int lz_engine_is_finished(struct lz_engine *engine);
  * open stays open until both are gone. Only while there is one thread. Returns as fork does, or -errno.
  */
 int lz_fork_keeping_fds(void);
+/* Put `changed` into a word that processes share if it is `old`, in one step: 1, else 0. */
+int lz_swap(uint64_t *word, uint64_t old, uint64_t changed);
+/* Open a descriptor that gives whoever reads it the signals that are pending for that process: the fd or -errno. */
+int lz_signals_open(const int *numbers, uint32_t count);
 /* Give a prepared task its uffd (ownership passes on success) and its pid as seen from here (0: not known). */
 int lz_engine_attach(struct lz_engine *engine, uint32_t task, int uffd, int run_pid);
 /* The restore is finished: every range is registered, background fill may start. */

@@ -61,11 +61,15 @@ void lz_task_end(struct lz_worker *worker, struct lz_task *task, enum lz_task_st
 			worker->pending[kept++] = worker->pending[i];
 	}
 	worker->pendings = kept;
-	/* In this order: a process that dies here must not leave a number that another descriptor gets. */
+	/* In this order: a process that dies here must neither leave a number that another descriptor gets, nor a
+	 * descriptor that nobody knows of (lz_engine_descriptors). */
+	__atomic_store_n(&task->closing, uffd + 1, __ATOMIC_RELEASE);
 	__atomic_store_n(&task->status, status, __ATOMIC_RELEASE);
-	task->uffd = -1;
+	__atomic_store_n(&task->uffd, -1, __ATOMIC_RELEASE);
 	(void)epoll_ctl(worker->epoll, EPOLL_CTL_DEL, uffd, NULL); /* a restorer may have kept a copy open */
+	LZ_POINT("uffd-closing", 0);
 	close(uffd);
+	__atomic_store_n(&task->closing, 0, __ATOMIC_RELEASE);
 	lz_space_drop(arena, &task->space);
 	lz_arena_release(arena, task->saved.regions_offset, task->saved.region_capacity * sizeof(struct lz_region));
 	memset(&task->saved, 0, sizeof(task->saved));

@@ -29,6 +29,7 @@ lazyd [lazy-pages] -D DIR [options]   serve the memory of a restore; beside `cri
        lazyd verify DIR                      check a directory of images whole
        lazyd dump --pid PID -D DIR           write images of a process (lazyd dump --help)
        lazyd pre-dump --pid PID -D DIR       the same, while it goes on, to dump only changes later"""
+_LAST_STANDARD_STREAM = 2
 _REMOTE = (
     "page_server",
     "address",
@@ -333,8 +334,21 @@ def _run(arguments: Sequence[str]) -> int:
     return _VERBS[verb](given)
 
 
+def _fill_standard_streams() -> None:
+    """Open what of the standard streams is closed: else a userfaultfd or an image becomes one, and is written to."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _LAST_STANDARD_STREAM:
+        pass
+    os.close(descriptor)
+    # Python has none for those that were closed when it started.
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    _fill_standard_streams()
     try:
         code = _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lazyd.errors import LazydError, SystemCallError
-from lazyd.keeper import Life, flush, keep
+from lazyd.keeper import Guard, Life, Work, flush, keep
 from lazyd.report import Log, Moments, Outcome, Progress, Show, statistics, summary_lines, write_statistics
 from lazyd.restore_socket import Listener
 from lazyd.session import Session, Settings, hold_signals
@@ -62,6 +62,20 @@ class Announcement:
                 self._pidfile = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
             except OSError as error:
                 raise SystemCallError("opening the pidfile", error.errno or 0, path=self._path) from error
+
+    def succeed(self) -> None:
+        """Write this process's pid where that of the one in whose place it is stands."""
+        if self._path is None:
+            return
+        hidden = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        try:
+            if self._path.exists():
+                hidden.write_text(str(os.getpid()))
+                hidden.rename(self._path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                hidden.unlink()
+            raise SystemCallError("writing the pidfile", error.errno or 0, path=self._path) from error
 
     def write(self) -> None:
         """Write this process's pid and the status byte, and close both."""
@@ -162,13 +176,22 @@ def _serve(options: Options, log: Log, statistics_path: Path | None) -> int:
             os.write(ready, b"\0")
             os.close(ready)
 
-        def serve_life(life: Life) -> int:
+        def serve_life(life: Life, guard: Guard) -> int:
             # Nothing is closed on the way of an exception: another process goes on with what is open.
-            outcome = session.run(listener) if life is Life.FIRST else session.resume(life, listener)
+            outcome = session.run(listener, guard) if life is Life.FIRST else session.resume(life, listener, guard)
             listener.unlink()
             return _conclude(outcome, log, statistics_path)
 
-        code = keep(serve_life, log.error)
+        code = keep(
+            Work(
+                serve=serve_life,
+                report=log.error,
+                sweep=lambda at_first, kept: session.sweep(at_first, kept, listener),
+                halt=session.halt,
+                begun=lambda: None,
+                succeed=lambda _: announcement.succeed(),
+            )
+        )
         # The child has closed what was ours: the descriptors are shared. Not one of them may be closed again.
         listener.unlink()
         flush()
@@ -196,12 +219,15 @@ def _serve_attached(
         with attach_all(tasks, drop_pages=attach.drop_pages) as attachment:
             session.note_attached(attachment.tasks)
 
-            def serve_life(life: Life) -> int:
-                outcome = session.run(None) if life is Life.FIRST else session.resume(life, None)
+            def serve_life(life: Life, guard: Guard) -> int:
+                outcome = session.run(None, guard) if life is Life.FIRST else session.resume(life, None, guard)
                 return _conclude(outcome, log, statistics_path)
 
             def begun() -> None:
                 attachment.release()
+                announce()
+
+            def announce() -> None:
                 # Nothing may end this process from here on: what could not be announced is said, and that is all.
                 try:
                     announcement.write()
@@ -213,7 +239,22 @@ def _serve_attached(
                     os.write(ready, b"\0")
                     os.close(ready)
 
-            code = keep(serve_life, log.error, begun)
+            def succeed(has_begun: bool) -> None:  # noqa: FBT001  that is what it is told
+                if has_begun:
+                    announcement.succeed()
+                else:  # the tasks' tracer is dead, which let them go
+                    announce()
+
+            code = keep(
+                Work(
+                    serve=serve_life,
+                    report=log.error,
+                    sweep=lambda at_first, kept: session.sweep(at_first, kept, None),
+                    halt=session.halt,
+                    begun=begun,
+                    succeed=succeed,
+                )
+            )
             flush()
             os._exit(code)
 

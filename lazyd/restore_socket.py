@@ -23,11 +23,11 @@ import contextlib
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from lazyd.errors import LazydError, ProtocolError, SystemCallError
 
@@ -37,10 +37,13 @@ RESTORE_FINISHED = 0x52535446
 # The kernel's SCM_MAX_FD (include/net/scm.h): no message carries more descriptors.
 _MAX_DESCRIPTORS = 253
 _CREDENTIALS = struct.Struct("=iii")  # struct ucred: pid, uid, gid
-_SAVED = struct.Struct("=iB3s")
-"""A pid whose userfaultfd is due, or 0; how many bytes of the next message are there, and which."""
 _PID = struct.Struct("=i")
-_CHUNK = 4096
+_SAVED_DUE = struct.Struct("<BBxxi")
+_SAVED_PID = struct.Struct("<B3s4s")
+_IS_DUE = 0x80
+_GLANCE = 64
+"""More than a byte. The kernel goes on to the next message when it peeks, however little was asked for, until one that
+carries descriptors: so they are the first message's only if one byte came with them."""
 
 
 class TaskUffd(NamedTuple):
@@ -65,6 +68,13 @@ class HungUp(NamedTuple):
     """The restorer has closed the connection."""
 
 
+class DescriptorsLost(ProtocolError):
+    """There was no room for a descriptor that the restorer has sent; it can be looked at again."""
+
+    def __init__(self) -> None:
+        super().__init__(SOCKET_NAME, "no descriptor is left for what the restorer sends: raise the limit: ulimit -n")
+
+
 Event = TaskUffd | Zombie | Finished | HungUp
 
 
@@ -85,16 +95,45 @@ class Handshake:
         self._bytes = b""
         self._pid = 0
 
-    def save(self) -> bytes:
-        """Return what restore() needs to go on from here."""
-        pid = self._pid if self._due is _Due.UFFD else 0
-        return _SAVED.pack(pid, len(self._bytes), self._bytes)
+    @property
+    def due_pid(self) -> int:
+        """The task whose userfaultfd is due next; 0: a pid is."""
+        return self._pid if self._due is _Due.UFFD else 0
 
-    def restore(self, saved: bytes) -> None:
-        """Go on where another one was when it was saved; it had not heard Finished."""
-        self._pid, length, partial = _SAVED.unpack(saved)
-        self._bytes = partial[:length]
-        self._due = _Due.UFFD if self._pid else _Due.PID
+    @property
+    def due_bytes(self) -> int:
+        """How many bytes are due until something is complete."""
+        return 1 if self._due is _Due.UFFD else _PID.size - len(self._bytes)
+
+    def save(self, taken: bytes = b"") -> int:
+        """Return, as one word of 64 bits, what restore() needs to go on from here, and the bytes that are being taken.
+
+        One word, so that it can be written in one step: a process may die between any two.
+        """
+        if self._due is _Due.UFFD:
+            raw = _SAVED_DUE.pack(_IS_DUE, len(taken), self._pid)
+        else:
+            raw = _SAVED_PID.pack(len(self._bytes) | len(taken) << 4, self._bytes, taken)
+        return int.from_bytes(raw, "little")
+
+    def restore(self, saved: int) -> tuple[int, bytes]:
+        """Go on where another one was when it was saved, which had not heard Finished.
+
+        Returns how many bytes were being taken, and which, if what was due was a pid.
+        """
+        raw = saved.to_bytes(8, "little")
+        if raw[0] & _IS_DUE:
+            _, length, self._pid = _SAVED_DUE.unpack(raw)
+            self._due = _Due.UFFD
+            return length, b""
+        lengths, partial, taken = _SAVED_PID.unpack(raw)
+        self._bytes = partial[: lengths & 0xF]
+        self._due = _Due.PID
+        return lengths >> 4, taken[: lengths >> 4]
+
+    def skip_userfaultfd(self) -> None:
+        """Go on behind a userfaultfd that somebody else has taken."""
+        self._due = _Due.PID
 
     def feed(self, data: bytes, descriptors: Sequence[int] = (), *, sender: int = 0) -> list[Event]:
         """Take the bytes of one recvmsg() and the descriptors that came with the last of them; b"": the end.
@@ -160,35 +199,109 @@ class Handshake:
         return ProtocolError(self._peer, reason)
 
 
-class Connection:
-    """A restorer's connection; it owns its socket."""
+class Journal(Protocol):
+    """A word that outlives this process, as an item."""
 
-    def __init__(self, connected: socket.socket, saved: bytes | None = None) -> None:
-        """Take a connection over; `saved`: in the middle, as save() of the one before said."""
+    def __getitem__(self, index: int, /) -> int: ...
+
+    def __setitem__(self, index: int, value: int, /) -> None: ...
+
+
+class Connection:
+    """A restorer's connection; it owns its socket.
+
+    Whoever takes from it may be killed at any moment, and another goes on with the same socket and the journal. So
+    nothing is received before it is safe: what comes next is looked at (MSG_PEEK; a descriptor that comes along is a
+    copy, the message keeps its own), the journal says what is about to be taken, and then
+
+    - a userfaultfd is handed over first and received afterwards. If it was handed over, and a message with a descriptor
+      still comes first, that one is received; no other has a descriptor where a pid is due;
+    - the bytes of a pid are received first. If they do not come first any more they were received, and the journal has
+      them. Restorers send a pid in one piece and no pid twice, so the next bytes are others.
+    """
+
+    def __init__(self, connected: socket.socket, journal: Journal, index: int) -> None:
+        """Take a connection over; how far it has come is in the journal, where 0 is its beginning."""
         self._socket = connected
         self._socket.setblocking(False)  # noqa: FBT003  its only way
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._handshake = Handshake()
-        if saved is not None:
-            self._handshake.restore(saved)
+        self._journal, self._index = journal, index
 
-    def save(self) -> bytes:
-        """Return how far it has come."""
-        return self._handshake.save()
+    def resume(self, take: Callable[[Event], None], is_served: Callable[[int], bool]) -> None:
+        """Go on in the place of a process that died; is_served: whether a task was handed over."""
+        length, taken = self._handshake.restore(self._journal[self._index])
+        if pid := self._handshake.due_pid:
+            if is_served(pid):
+                if self._is_descriptor_next():
+                    self._socket.recv(1)
+                self._handshake.skip_userfaultfd()
+        elif length:
+            if self._peek(length) == taken:
+                self._socket.recv(length)
+            for event in self._handshake.feed(taken):
+                take(event)
+        self._journal[self._index] = self._handshake.save()
 
     def fileno(self) -> int:
         """Readable when there is something to receive."""
         return self._socket.fileno()
 
-    def receive(self) -> list[Event]:
-        """Return the events of one recvmsg(); none if there is nothing to read yet."""
+    def receive(self, take: Callable[[Event], None]) -> bool:
+        """Take what comes next, and say whether there was something.
+
+        `take` may close this connection.
+        """
+        if self._handshake.due_pid:
+            looked = self._receive(_GLANCE, socket.MSG_PEEK)
+        else:
+            data = self._peek(self._handshake.due_bytes)
+            if data:
+                self._journal[self._index] = self._handshake.save(data)
+                looked = self._receive(len(data))
+            else:
+                looked = None if data is None else (data, [], 0)
+        if looked is None:
+            return False
+        data, descriptors, sender = looked
+        is_userfaultfd = bool(data) and bool(self._handshake.due_pid)
+        for event in self._handshake.feed(data, descriptors, sender=sender):
+            take(event)
+        if is_userfaultfd:
+            self._socket.recv(1)
+        self._journal[self._index] = self._handshake.save()
+        return True
+
+    def _peek(self, length: int) -> bytes | None:
+        """Return the bytes that come next and leave them there; None: nothing comes yet."""
+        try:
+            return self._socket.recv(length, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except ConnectionResetError:
+            return b""
+
+    def _is_descriptor_next(self) -> bool:
+        """Say whether what comes next is one byte with a descriptor."""
+        try:
+            looked = self._receive(_GLANCE, socket.MSG_PEEK)
+        except DescriptorsLost:
+            return len(self._peek(_GLANCE) or b"") == 1
+        if looked is None:
+            return False
+        for descriptor in looked[1]:
+            os.close(descriptor)
+        return len(looked[0]) == 1 and bool(looked[1])
+
+    def _receive(self, length: int, flags: int = 0) -> tuple[bytes, Sequence[int], int] | None:
+        """Return bytes, descriptors and the sender of one recvmsg(); None: nothing comes yet."""
         space = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4) + socket.CMSG_SPACE(_CREDENTIALS.size)
         try:
-            data, ancillary, flags, _ = self._socket.recvmsg(_CHUNK, space, socket.MSG_CMSG_CLOEXEC)
+            data, ancillary, flags, _ = self._socket.recvmsg(length, space, flags | socket.MSG_CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
-            return []
+            return None
         except ConnectionResetError:
-            data, ancillary, flags = b"", [], 0
+            return b"", [], 0
         descriptors = array.array("i")
         sender = 0
         for level, kind, payload in ancillary:
@@ -200,8 +313,12 @@ class Connection:
             for descriptor in descriptors:
                 os.close(descriptor)
             # unix(7): also what happens when the receiver has no descriptor left.
-            raise ProtocolError(SOCKET_NAME, "descriptors were lost on the way: is the limit of open files reached?")
-        return self._handshake.feed(data, descriptors, sender=sender)
+            raise DescriptorsLost
+        return data, descriptors, sender
+
+    def forget(self) -> None:
+        """Leave the socket open: it is another's."""
+        self._socket.detach()
 
     def close(self) -> None:
         """Hang up."""
@@ -229,6 +346,7 @@ class Listener:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             hidden.unlink(missing_ok=True)
             self._socket.bind(str(hidden))
+            self._name = str(hidden)
             self._identity = _identity(hidden)
             self._socket.listen(1)
             hidden.rename(SOCKET_NAME)
@@ -247,13 +365,23 @@ class Listener:
         """Readable when a restorer connects."""
         return self._socket.fileno()
 
-    def accept(self) -> Connection | None:
+    def accept(self) -> socket.socket | None:
         """Accept the restorer; None if it is gone already."""
         try:
             connected, _ = self._socket.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return None
-        return Connection(connected)
+        return connected
+
+    def is_accepted(self, descriptor: int) -> bool:
+        """Say whether a descriptor of this process is a restorer's connection that was accepted here."""
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as other:
+            return (
+                other.family is socket.AF_UNIX
+                and other.getsockname() == self._name
+                and not other.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            )
+        return False
 
     def close(self) -> None:
         """Stop listening; the name stays until unlink()."""

@@ -20,32 +20,58 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
+import resource
 import selectors
 import signal
 import socket
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NamedTuple
 
-from lazyd.errors import ImageError, LazydError, ProtocolError, RestoreError
+from lazyd.errors import ImageError, LazydError, ProtocolError, RestoreError, SystemCallError
 from lazyd.image import Checkpoint, Kind, load
-from lazyd.keeper import Life
+from lazyd.keeper import Guard, Life
 from lazyd.report import Log, Moments, Outcome, Progress
-from lazyd.restore_socket import SOCKET_NAME, Connection, Event, Finished, HungUp, Listener, TaskUffd, Zombie
+from lazyd.restore_socket import (
+    SOCKET_NAME,
+    Connection,
+    DescriptorsLost,
+    Event,
+    Finished,
+    Handshake,
+    HungUp,
+    Listener,
+    TaskUffd,
+    Zombie,
+)
 from lazyd.target import Attached, Expected, Target, descendants, find_run_pid, waits_for_userfaults
-from lazyd.uffd import Engine, Fill, Notice, NoticeKind, OnFork, Served, TaskInfo, TaskStatus
+from lazyd.uffd import (
+    Descriptor,
+    Engine,
+    Fill,
+    Notice,
+    NoticeKind,
+    OnFork,
+    Served,
+    SharedWords,
+    TaskInfo,
+    TaskStatus,
+)
 from lazyd.units import PAGE_SIZE, human_bytes
 
 SECOND_SIGNAL_S = 5.0
-_CONNECTION = struct.Struct("=i")
-"""In the mapping shared with the processes after this one: the connection's descriptor, 0 without one."""
-_SAVED_BYTES = 8
+_CONNECTION, _HANDSHAKE, _ACCEPTED = 0, 1, 2
+"""Words shared with the processes after this one: the connection's descriptor, 0 without one; how far it has come;
+the listening descriptor plus 1, once it is not needed any more."""
+ALONE_S = 0.2
+"""How long a keeper may take to be replaced by its standby, before the server makes one."""
 SAME_SIGNAL_S = 0.25
+_OWN_DESCRIPTORS = 32
+"""What is opened later, beside the tasks' own: those of the keeping, the connection, some for forks and for reading."""
+_USERFAULTFD = "anon_inode:[userfaultfd]"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
 
@@ -105,13 +131,16 @@ class Session:
         self._end: _End | None = None
         # Not epoll: its state would be shared with, and left behind by, a process that dies (see keeper).
         self._selector = selectors.PollSelector()
-        self._shared = mmap.mmap(-1, mmap.PAGESIZE)
+        self._shared = SharedWords(3)
         self._connection: Connection | None = None
+        self._guard: Guard | None = None
+        self._alone_since: float | None = None
         # Before the images: it raises the limit of open files, and a long chain has many of them.
         self._engine = Engine(workers=settings.workers, fill=settings.fill, fill_rate=settings.fill_rate)
         try:
             with load(settings.images, settings.dialect) as checkpoint:
                 self._prepare(checkpoint)
+            self._check_descriptors()
         except BaseException:
             self.close()
             raise
@@ -171,6 +200,22 @@ class Session:
             f" in a chain of {checkpoint.depth}; {checkpoint.dialect.value} ({checkpoint.dialect_reason})"
         )
 
+    def _check_descriptors(self) -> None:
+        """Refuse to begin what would end for lack of descriptors, with tasks that depend on it.
+
+        The engine has raised the limit as far as it may be. Every task's userfaultfd is open until all are restored.
+        """
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            needed = len(os.listdir("/proc/self/fd")) + _OWN_DESCRIPTORS + len(self._tasks)  # noqa: PTH208  only counted
+        except OSError as error:
+            raise SystemCallError("counting open files", error.errno or 0) from error
+        if needed > limit:
+            tasks = f"{len(self._tasks)} task{'' if len(self._tasks) == 1 else 's'}"
+            raise LazydError(
+                f"{tasks}: {needed} open files are needed, and the limit is {limit} (raise it: ulimit -n {needed})"
+            )
+
     def _expect(self, checkpoint: Checkpoint, wanted: frozenset[int]) -> None:
         """Leave of the images only what is attached to, and keep what its tasks must look like."""
         from lazyd.image.directory import ImagesDirectory  # noqa: PLC0415  few attach
@@ -198,11 +243,12 @@ class Session:
         self._log.message(f"listening on {SOCKET_NAME}")
         self._log.info(self._loaded)
 
-    def run(self, listener: Listener | None) -> Outcome:
+    def run(self, listener: Listener | None, guard: Guard) -> Outcome:
         """Serve one restorer, or what was attached to, to the end.
 
-        Starts the engine's threads: this process must not be forked again.
+        Starts the engine's threads: this process must not be forked again, but by the guard.
         """
+        self._guard = guard
         self._engine.start()
         if listener is None:
             self._take_attached()
@@ -218,16 +264,15 @@ class Session:
                 self._announced.add(task.image_pid)
                 self._begin_to_serve(task.image_pid, task.uffd, task.pid)
 
-    def resume(self, life: Life, listener: Listener | None) -> Outcome:
-        """Go on in the place of a process that died; this one is a copy from before it started."""
-        for number, info in enumerate(self._task_infos()):
-            if info.run_pid and info.status in (TaskStatus.SERVING, TaskStatus.FAILED):
-                with contextlib.suppress(OSError):
-                    self._targets[number] = Target(info.run_pid)
+    def resume(self, life: Life, listener: Listener | None, guard: Guard) -> Outcome:
+        """Go on in the place of a process that died; this one is a copy of another in which no thread runs."""
+        self._guard = guard
+        self._forget()
         for info in self._task_infos():
             if info.status is not TaskStatus.PREPARED and self._tasks.pop(info.image_pid, None) is not None:
                 self._announced.add(info.image_pid)
         if life is Life.LAST:  # before what the others may have died of
+            self._find_targets()
             for pid in [*self._stop_untaken_tasks(), *self._stop_known_tasks()]:
                 self._log.debug(f"pid {pid} is stopped")
         served = self._engine.resume()
@@ -237,6 +282,7 @@ class Session:
             self._fail(f"the serving process died again and again: stopping {served} tasks and giving up")
             self._stop_tasks()
             return self._finish()
+        self._find_targets()  # behind what must have a descriptor
         if not self._engine.is_finished:
             self._log.warning(f"going on in the middle of a restore, {served} tasks handed over so far")
             self._resume_handshake(listener)
@@ -250,42 +296,145 @@ class Session:
         self._look_for_the_end()
         return self._serve_to_the_end()
 
+    def _forget(self) -> None:
+        """Forget what is another process's, without closing it: it was closed, and its number may be another's."""
+        self._selector = selectors.PollSelector()
+        if self._connection is not None:
+            self._connection.forget()
+            self._connection = None
+        self._targets.clear()
+        self._alone_since = None
+
+    def _find_targets(self) -> None:
+        """Hold the tasks that are served, so that they can be stopped."""
+        for number, info in enumerate(self._task_infos()):
+            if info.run_pid and info.status in (TaskStatus.SERVING, TaskStatus.FAILED):
+                with contextlib.suppress(OSError):
+                    self._targets[number] = Target(info.run_pid)
+
+    def halt(self) -> None:
+        """Stop the tasks: nobody can be made to serve them. In a process that does not serve."""
+        self._targets.clear()
+        self._find_targets()
+        stopped = [*self._stop_untaken_tasks(), *self._stop_known_tasks()]
+        self._log.warning(f"stopped: {', '.join(map(str, stopped))}")
+
+    def sweep(self, at_first: frozenset[int], kept: frozenset[int], listener: Listener | None) -> None:
+        """Close what a process that died has left open and nobody knows of; before another one resumes.
+
+        Beside what was open `at_first` and is `kept` by those who keep, the shared state names what is in use. A
+        userfaultfd that it does not name is closed only where it is known why: its end would be zeros.
+        """
+        numbers = sorted(int(name) for name in os.listdir("/proc/self/fd"))  # noqa: PTH208  numbers, not paths
+        known = self._engine.descriptors(max(numbers) + 1)
+        handshake = Handshake()
+        handshake.restore(self._shared[_HANDSHAKE])
+        due = handshake.due_pid
+        # Looked at, and not handed over: the message still has its own.
+        has_copies = bool(due) and any(
+            info.image_pid == due and info.status is TaskStatus.PREPARED for info in self._task_infos()
+        )
+        in_use = kept | (at_first - {self._shared[_ACCEPTED] - 1})
+        unknown = []
+        for number in numbers:
+            if number in in_use or known[number] is Descriptor.SERVED or number == self._shared[_CONNECTION]:
+                continue
+            try:
+                what = str(Path(f"/proc/self/fd/{number}").readlink())
+            except OSError:
+                continue  # the list itself was read through it
+            if what == _USERFAULTFD and known[number] is not Descriptor.DONE and not has_copies:
+                unknown.append(number)
+            elif (
+                listener is not None and what.startswith("socket:") and not self._shared[_ACCEPTED]
+            ) and listener.is_accepted(number):
+                self._note_connection(number, listener)  # it died between accept() and this
+            else:
+                os.close(number)
+        if unknown:
+            self._log.warning(f"{len(unknown)} userfaultfds are nobody's: who waits for one waits on")
+
     def _resume_handshake(self, listener: Listener | None) -> None:
         """Take up the connection where the process that died has left it: the descriptor is shared."""
         if listener is None:
             self._take_attached()
             self._restore_finished()
             return
-        (descriptor,) = _CONNECTION.unpack_from(self._shared)
+        descriptor = self._shared[_CONNECTION]
+        if self._shared[_ACCEPTED] and not descriptor:
+            self._abandon(f"{SOCKET_NAME}: the restore had failed when the serving process died")
+            return
         if not descriptor:
             self._wait(listener, lambda: self._on_restorer(listener))
             return
-        saved = self._shared[_CONNECTION.size : _CONNECTION.size + _SAVED_BYTES]
-        self._connection = Connection(socket.socket(fileno=descriptor), saved)
-        self._wait(self._connection, self._on_connection)
-
-    def _save_handshake(self) -> None:
-        """Keep where the connection is, for a process that goes on in the place of this one."""
-        if self._connection is not None:
-            saved = self._connection.save()
-            self._shared[_CONNECTION.size : _CONNECTION.size + len(saved)] = saved
-            _CONNECTION.pack_into(self._shared, 0, self._connection.fileno())
+        if not self._shared[_ACCEPTED]:
+            self._note_connection(descriptor, listener)
+            listener.close()
+        connection = Connection(socket.socket(fileno=descriptor), self._shared, _HANDSHAKE)
+        self._connection = connection
+        self._wait(connection, self._on_connection)
+        with self._abandoning():
+            connection.resume(self._take, lambda pid: pid in self._announced)
 
     def _serve_to_the_end(self) -> Outcome:
         with _signals_as_bytes() as signals:
             self._wait(signals, lambda: self._on_signals(signals))
             self._wait(self._engine.notify_fd, self._on_notices)
+            self._watch_keeper()
             try:
                 while self._end is None:
-                    for key, _ in self._selector.select(self._progress.due_in()):
+                    for key, _ in self._selector.select(self._due_in()):
                         callback: Callable[[], None] = key.data
                         callback()
+                    self._look_for_keeper()
                     self._progress.update(self._engine.totals)
             except BaseException as error:
                 # Whatever it is: closing the engine now would let the tasks read zeros.
                 self._fail(str(error) if isinstance(error, LazydError) else _describe(error))
                 self._stop_tasks()
         return self._finish()
+
+    def _due_in(self) -> float | None:
+        due = self._progress.due_in()
+        return due if self._alone_since is None else min(ALONE_S, due if due is not None else ALONE_S)
+
+    # Those who keep us
+
+    def _watch_keeper(self) -> None:
+        if self._guard is not None:
+            fd = self._guard.keeper_fd()
+
+            def on_death() -> None:
+                self._selector.unregister(fd)
+                self._alone_since = self._log.elapsed()
+
+            self._wait(fd, on_death)
+
+    def _look_for_keeper(self) -> None:
+        """See to it that there is a keeper: its standby takes its place, unless that is dead as well."""
+        if self._guard is None or self._alone_since is None:
+            return
+        self._guard.reap()
+        if self._guard.is_kept():
+            self._alone_since = None
+            self._watch_keeper()
+        elif self._log.elapsed() - self._alone_since >= ALONE_S:
+            self._alone_since = self._log.elapsed()
+            self._log.warning("nobody keeps this process: making a keeper")
+            self._fork_standby(self._guard)
+
+    def _fork_standby(self, guard: Guard) -> None:
+        """Have a standby made, which must be a copy of a process without threads: they end, and begin again."""
+        self._engine.stop()
+        self._engine.release_reserve()
+        for notice in self._engine.notices():
+            self._report(notice)
+        try:
+            guard.fork_standby()
+        except SystemCallError as error:
+            self._log.error(str(error))  # tried again
+        self._engine.resume()
+        self._engine.start()
 
     def _wait(self, source: int | socket.socket | Listener | Connection, callback: Callable[[], None]) -> None:
         self._selector.register(source, selectors.EVENT_READ, callback)
@@ -330,23 +479,50 @@ class Session:
     # The restorer
 
     def _on_restorer(self, listener: Listener) -> None:
-        connection = listener.accept()
-        if connection is None:
+        try:
+            connected = listener.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE) and self._spare_descriptor():
+                return  # it is still there to be accepted
+            raise
+        if connected is None:
             return
+        self._note_connection(connected.fileno(), listener)
         self._log.debug("the restorer has connected")
         self._selector.unregister(listener)
         listener.close()
-        self._connection = connection
-        self._save_handshake()
-        self._wait(connection, self._on_connection)
+        self._connection = Connection(connected, self._shared, _HANDSHAKE)
+        self._wait(self._connection, self._on_connection)
+
+    def _note_connection(self, descriptor: int, listener: Listener) -> None:
+        self._shared[_CONNECTION] = descriptor
+        self._shared[_ACCEPTED] = listener.fileno() + 1
 
     def _on_connection(self) -> None:
         """Take all that the restorer has sent."""
+        with self._abandoning():
+            while self._connection is not None:
+                try:
+                    if not self._connection.receive(self._take):
+                        return
+                except DescriptorsLost:
+                    if not self._spare_descriptor():
+                        raise
+
+    def _spare_descriptor(self) -> bool:
+        """Give up one of those that are good for something else: a task's userfaultfd comes first."""
+        if self._engine.spend_reserve():
+            return True
+        if self._targets:
+            self._targets.popitem()[1].close()
+            return True
+        return False
+
+    @contextlib.contextmanager
+    def _abandoning(self) -> Iterator[None]:
+        """Give up when the restorer does not keep to the protocol."""
         try:
-            while self._connection is not None and (events := self._connection.receive()):
-                for event in events:
-                    self._take(event)
-                self._save_handshake()
+            yield
         except ProtocolError as error:
             self._hang_up()
             self._abandon(str(error))
@@ -354,6 +530,7 @@ class Session:
     def _hang_up(self) -> None:
         if self._connection is not None:
             self._selector.unregister(self._connection)
+            self._shared[_CONNECTION] = 0
             self._connection.close()
             self._connection = None
 
@@ -583,8 +760,10 @@ class Session:
 
 def _describe(error: BaseException) -> str:
     """Return a bug's whole trace: nobody may be there to see it on a terminal."""
-    import traceback  # noqa: PLC0415  slow to import, and needed by bugs only
-
+    try:
+        import traceback  # noqa: PLC0415  slow to import, and needed by bugs only
+    except OSError:  # no descriptor is left to read it through
+        return repr(error)
     return "".join(traceback.format_exception(error)).rstrip()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import errno
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -66,6 +67,15 @@ class Served(NamedTuple):
     start: int
     end: int
     on_fork: OnFork = OnFork.COPY
+
+
+class Descriptor(enum.IntEnum):
+    """What a descriptor is to the state that outlives a process."""
+
+    UNKNOWN = lib.LZ_DESCRIPTOR_UNKNOWN
+    SERVED = lib.LZ_DESCRIPTOR_SERVED
+    DONE = lib.LZ_DESCRIPTOR_DONE
+    """Of a task that had ended, and was to be closed."""
 
 
 class Notice(NamedTuple):
@@ -178,9 +188,23 @@ class Engine:
     def resume(self) -> int:
         """Take up what the process that died served, and return how many tasks that is; before `start`.
 
-        Only in a child of `fork_keeping_fds` whose parent made this engine and never started it.
+        Only while no thread of it runs here: in a child of `fork_keeping_fds`, or after `stop`.
         """
         return _check("going on from the arena", lib.lz_engine_resume(self._engine))
+
+    def descriptors(self, count: int) -> list[Descriptor]:
+        """Say what each descriptor below `count` is, while no process serves."""
+        raw = ffi.new("uint8_t[]", max(1, count))
+        lib.lz_engine_descriptors(self._engine, raw, count)
+        return [Descriptor(raw[number]) for number in range(count)]
+
+    def spend_reserve(self) -> bool:
+        """Free a descriptor number that was held for forks; False: there is none."""
+        return bool(lib.lz_engine_spend_reserve(self._engine))
+
+    def release_reserve(self) -> None:
+        """Give back the descriptors that are held for forks; after `stop`."""
+        lib.lz_engine_release_reserve(self._engine)
 
     @property
     def is_finished(self) -> bool:
@@ -243,6 +267,32 @@ def fork_keeping_fds() -> int:
     Python's own fork hooks do not run: they mend locks and threads, and there are none.
     """
     return _check("clone", lib.lz_fork_keeping_fds())
+
+
+class SharedWords:
+    """Whole numbers of 64 bits that processes share, each read and written in one step; 0 at first."""
+
+    def __init__(self, count: int) -> None:
+        self._map = ffi.from_buffer(mmap.mmap(-1, 8 * count))  # the memory lives as long as this does
+        self._words = ffi.cast("uint64_t *", self._map)
+
+    def __getitem__(self, index: int) -> int:
+        return int(self._words[index])
+
+    def __setitem__(self, index: int, value: int) -> None:
+        self._words[index] = value
+
+    def swap(self, index: int, old: int, changed: int) -> bool:
+        """Write `changed` if `old` is there; say whether it was. Of several who try, one succeeds."""
+        return bool(lib.lz_swap(self._words + index, old, changed))
+
+
+def open_signals(numbers: Sequence[int]) -> int:
+    """Return a descriptor that gives whoever reads it the signals that wait, blocked, for that process (signalfd(2)).
+
+    What comes for each is 128 bytes that begin with its number.
+    """
+    return _check("signalfd", lib.lz_signals_open(list(numbers), len(numbers)))
 
 
 def _check(what: str, result: int) -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from images_builder import Entry, Task, build_checkpoint
+from process_harness import OFFICES, family_in, kill_processes_in
 
 from lazyd.target.tracing import status_fields
 
@@ -153,6 +154,23 @@ class Daemon:
         assert self._code is None
         os.kill(self.pid, number)
 
+    def family(self) -> dict[str, int]:
+        """The processes that keep and serve, by office; those that are there at the moment.
+
+        The keeper is the one that was started until it dies, and then the one that took its office.
+        """
+        return family_in(self.work, self.pid if self.poll() is None else 0)
+
+    def whole_family(self) -> dict[str, int]:
+        """The same, once it is complete."""
+        wait_until(lambda: self.family().keys() == {*OFFICES}, "a keeper, a server and a standby")
+        return self.family()
+
+    def server(self) -> int:
+        """The process that serves, once there is one."""
+        wait_until(lambda: "server" in self.family(), f"a process that serves; the daemon said:\n{self.output}")
+        return self.family()["server"]
+
     def close(self) -> None:
         """End it and the processes it has made, whatever they are doing."""
         if self.poll() is None:
@@ -223,6 +241,7 @@ class Stage:
     def close(self) -> None:
         """End what runs."""
         self._running.close()
+        kill_processes_in(self.folder)
 
     def build(self, tasks: dict[int, Sequence[Vma]], *, zombies: Sequence[int] = ()) -> Path:
         """Write the checkpoint of some tasks."""
@@ -242,14 +261,14 @@ class Stage:
         made += [Task(pid, ppid=made[0].pid, zombie=True) for pid in zombies]
         return build_checkpoint(self.images, made)
 
-    def start_daemon(self, *words: str, listening: bool = True) -> Daemon:
-        """Start `lazyd` as a fork of this process and wait until it listens."""
+    def start_daemon(self, *words: str, listening: bool = True, prepare: Callable[[], object] = lambda: None) -> Daemon:
+        """Start `lazyd` as a fork of this process, which is to `prepare` itself, and wait until it listens."""
         reading, writing = os.pipe()
         arguments = ["-D", str(self.images), "-W", str(self.work), "--status-fd", str(writing), *words]
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
-            self._be_daemon(arguments)
+            self._be_daemon(arguments, prepare)
         os.close(writing)
         return self._await_daemon(pid, reading, listening=listening)
 
@@ -265,7 +284,7 @@ class Stage:
         os.close(writing)
         return self._await_daemon(process.pid, reading, listening=listening)
 
-    def _be_daemon(self, arguments: list[str]) -> None:
+    def _be_daemon(self, arguments: list[str], prepare: Callable[[], object]) -> None:
         code = 99
         try:
             signal.setitimer(signal.ITIMER_REAL, 0)  # pytest-timeout's
@@ -276,6 +295,7 @@ class Stage:
             sys.stderr = os.fdopen(2, "w")
             for number in (signal.SIGINT, signal.SIGALRM):
                 signal.signal(number, signal.SIG_DFL)
+            prepare()
             from lazyd.cli import main  # noqa: PLC0415  imported already; named here for the fork's sake
 
             code = main(arguments)

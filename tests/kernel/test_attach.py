@@ -32,6 +32,7 @@ from kernel_harness import (
     task_state,
     wait_until,
 )
+from process_harness import command_name
 
 from lazyd.errors import AttachError, LazydError
 from lazyd.image import load
@@ -72,6 +73,11 @@ class Serving:
             command += ["--image-pid", str(image_pid)]
         self.process = subprocess.Popen([*command, *words], stderr=subprocess.PIPE, text=True)
         self.output = ""
+
+    def server(self):
+        """The process that serves; None before there is one."""
+        found = [pid for pid in descendants(self.process.pid) if command_name(pid) == "lazyd-server"]
+        return found[0] if found else None
 
     def wait_attached(self):
         """Wait until the task runs and is served."""
@@ -138,7 +144,7 @@ def test_while_it_touches_its_memory(start, serve):
     (victim.state / "served").touch()
     daemon = serve(victim.pid, "--fill", "off")
     daemon.wait_attached()
-    assert task_state(victim.pid) == "T"
+    wait_until(lambda: task_state(victim.pid) == "T", "it to stop again: it passes a moment of running")
     os.kill(victim.pid, signal.SIGCONT)
     assert victim.finish() == "ok\n"
     assert daemon.wait() == 0, daemon.output
@@ -286,7 +292,8 @@ def test_the_serving_process_is_killed(start, serve):
         (victim.state / "served").touch()
         daemon = serve(victim.pid, "--fill", "off")
         daemon.wait_attached()
-        (child,) = descendants(daemon.process.pid)
+        wait_until(lambda of=daemon: of.server(), "a process that serves")
+        child = daemon.server()
         if number % 2:
             os.kill(victim.pid, signal.SIGCONT)
             time.sleep(random.uniform(0, 0.005))

@@ -10,7 +10,8 @@ import signal
 import time
 
 import pytest
-from kernel_harness import BASE, PID, STRESS, descendants, full, hand_over, memory, sparse, wait_until
+from kernel_harness import BASE, PID, STRESS, full, hand_over, memory, sparse, wait_until
+from process_harness import KILLED, is_whole_again, kill_offices
 
 STEPS = {
     "sweep": ["sweep", "random", "2"],
@@ -22,7 +23,7 @@ VMAS = [full(BASE, 1024), sparse(BASE + (1 << 24), 2048, 2), full(BASE + (1 << 2
 
 def kill_server(daemon):
     """Kill the process that serves, not the keeper that the test has started."""
-    (server,) = descendants(daemon.pid)
+    server = daemon.server()
     os.kill(server, signal.SIGKILL)
     return server
 
@@ -41,15 +42,49 @@ def test_the_server_is_killed_at_any_moment(stage, steps, fill):
         dice = random.Random(number)
         for _ in range(2):
             time.sleep(dice.random() * 0.02)
-            alive = descendants(daemon.pid)
-            with contextlib.suppress(ProcessLookupError, ValueError):
-                kill_server(daemon)
+            old = daemon.family().get("server", 0)
+            if old:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(old, signal.SIGKILL)
             # It may have been done just then; else another one is there soon.
-            wait_until(lambda old=alive, of=daemon: of.poll() is not None or descendants(of.pid) != old, "another one")
+            wait_until(lambda old=old, of=daemon: of.poll() is not None or of.family().get("server", old) != old, "it")
         result = skeleton.wait()
         assert result == (0, "ok\n"), f"{result}\n{daemon.output}"
         skeleton.close()
         assert daemon.wait() == 0, daemon.output
+
+
+@pytest.mark.parametrize("fill", ["full", "off"])
+@pytest.mark.parametrize("offices", KILLED, ids="-".join)
+def test_any_two_are_killed_at_once_at_any_moment(stage, offices, fill):
+    stage.build({PID: VMAS})
+    statistics = stage.folder / "stats.json"
+    for number in range(STRESS):
+        statistics.unlink(missing_ok=True)
+        daemon = stage.start_daemon("--fill", fill, "--stats", str(statistics))
+        daemon.whole_family()
+        dice = random.Random(number)
+        steps = dice.choice(list(STEPS.values()))
+        skeleton = stage.start_skeleton(
+            *hand_over(VMAS, PID), "seed", str(number), "finish", "hangup", "say", "runs", *steps
+        )
+        is_restored = dice.random() < 0.5
+        if is_restored:
+            skeleton.heard("runs")
+        for _ in range(2):
+            time.sleep(dice.random() * 0.02)
+            before = daemon.family()
+            kill_offices(before, dice.sample(offices, len(offices)))
+            wait_until(
+                lambda daemon=daemon, before=before: is_whole_again(daemon.family(), before, offices),
+                f"others in the place of {offices}; the daemon said:\n{daemon.output}",
+            )
+        result = skeleton.wait()
+        assert result == (0, "ok\n" if is_restored else "runs\nok\n"), f"{result}\n{daemon.output}"
+        skeleton.close()
+        wait_until(lambda daemon=daemon: not daemon.family(), f"the end; the daemon said:\n{daemon.output}")
+        assert stage.statistics()["exit_code"] == 0, daemon.output
+        assert daemon.wait() in ((0, -signal.SIGKILL) if "keeper" in offices else (0,)), daemon.output
 
 
 def test_a_server_that_dies_again_and_again_gives_up_in_order(stage):
@@ -61,9 +96,8 @@ def test_a_server_that_dies_again_and_again_gives_up_in_order(stage):
     skeleton.heard("runs")
     daemon.wait_for_line("restore finished")
     for _ in range(3):
-        wait_until(lambda: descendants(daemon.pid), "a process that serves")
         old = kill_server(daemon)
-        wait_until(lambda old=old: descendants(daemon.pid) != [old], "the next")
+        wait_until(lambda old=old: daemon.poll() is not None or daemon.family().get("server", old) != old, "the next")
     assert daemon.wait() == 1
     assert "died again and again" in daemon.output
     skeleton.go_on()
@@ -80,7 +114,6 @@ def test_a_server_killed_during_the_handshake_is_replaced(stage, cut):
     }[cut]
     skeleton = stage.start_skeleton(*memory(VMAS), "open", *steps, "finish", "hangup", "sweep", "random", "2")
     skeleton.heard("here")
-    wait_until(lambda: descendants(daemon.pid), "a process that serves")
     time.sleep(0.05)
     kill_server(daemon)
     daemon.wait_for_line("in the middle of a restore")
@@ -93,8 +126,7 @@ def test_a_server_killed_during_the_handshake_is_replaced(stage, cut):
 def test_what_lies_unread_when_the_server_is_killed_is_read_by_the_next(stage):
     stage.build({PID: VMAS})
     daemon = stage.start_daemon()
-    wait_until(lambda: descendants(daemon.pid), "a process that serves")
-    (server,) = descendants(daemon.pid)
+    server = daemon.server()
     os.kill(server, signal.SIGSTOP)
     skeleton = stage.start_skeleton(*hand_over(VMAS, PID), "finish", "hangup", "say", "runs", "sweep", "random", "2")
     skeleton.heard("runs")
@@ -112,9 +144,9 @@ def test_a_signal_without_a_name_is_survived(stage):
     )
     skeleton.heard("runs")
     daemon.wait_for_line("restore finished")
-    (server,) = descendants(daemon.pid)
+    server = daemon.server()
     os.kill(server, 40)
-    wait_until(lambda: descendants(daemon.pid) not in ([], [server]), "another to serve")
+    wait_until(lambda: daemon.family().get("server", server) != server, "another to serve")
     skeleton.go_on()
     assert skeleton.wait() == (0, "ok\n"), daemon.output
     skeleton.close()

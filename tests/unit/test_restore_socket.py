@@ -194,13 +194,15 @@ def test_the_end_before_a_descriptor_is_refused():
 
 def test_a_connection_learns_who_sends(uffd_like):
     ours, theirs = socket.socketpair()
-    connection = Connection(ours)
+    connection, events = Connection(ours, [0], 0), []
     with theirs:
-        assert connection.receive() == []
+        assert not connection.receive(events.append)
         theirs.sendall(pid_bytes(-5) + FINISHED)
-        assert connection.receive() == [Zombie(5), Finished()]
+        assert connection.receive(events.append)
+        assert connection.receive(events.append)
         theirs.close()
-        assert connection.receive() == [HungUp()]
+        assert connection.receive(events.append)
+        assert events == [Zombie(5), Finished(), HungUp()]
     connection.close()
 
 
@@ -213,19 +215,134 @@ def test_a_real_userfaultfd_over_a_real_socket():
 
     uffd = lib.lz_uffd_open(ffi.new("int *"))
     ours, theirs = socket.socketpair()
-    connection = Connection(ours)
+    connection, events = Connection(ours, [0], 0), []
     with theirs:
         theirs.sendall(pid_bytes(5))
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [uffd]))
         theirs.sendmsg([b"\0"], [rights])
         theirs.sendall(FINISHED)
-        (task,) = connection.receive()
+        while connection.receive(events.append):
+            pass
+        task, finished = events
         assert (task.pid, task.sender) == (5, os.getpid())
         assert not os.get_inheritable(task.uffd)
         os.close(task.uffd)
-        assert connection.receive() == [Finished()]
+        assert finished == Finished()
     connection.close()
     os.close(uffd)
+
+
+class Death(BaseException):
+    """The process dies here."""
+
+
+class Mortal:
+    """A process that dies at the n-th step of those that are visible to others."""
+
+    def __init__(self, dies_at):
+        self.steps = 0
+        self.dies_at = dies_at
+
+    def step(self):
+        self.steps += 1
+        if self.steps == self.dies_at:
+            raise Death
+
+
+class MortalSocket:
+    """A socket on which each call is preceded and followed by a step."""
+
+    def __init__(self, real, mortal):
+        self._real, self._mortal = real, mortal
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            if name in ("recv", "recvmsg"):
+                self._mortal.step()
+            result = getattr(self._real, name)(*arguments)
+            if name in ("recv", "recvmsg"):
+                self._mortal.step()
+            return result
+
+        return call
+
+
+class MortalJournal(list):
+    """A journal, each write of which is preceded and followed by a step; the list itself outlives all."""
+
+    mortal = Mortal(0)
+
+    def __setitem__(self, index, value):
+        self.mortal.step()
+        super().__setitem__(index, value)
+        self.mortal.step()
+
+
+# Tasks (positive) and zombies whose numbers look like each other's parts, in the worst order.
+SAID = [0x0100, 1, 0x01000000, -1, 0x0101, -0x0101, 0x01010101]
+
+
+def serve_and_die(monkeypatch, *dies_at):
+    """Take the handshake of SAID in processes that die in turn at those steps; what was served, and the last's steps.
+
+    The descriptors are eventfds that hold their task's pid.
+    """
+    monkeypatch.setattr(Path, "readlink", lambda _: Path("anon_inode:[userfaultfd]"))
+    ours, theirs = socket.socketpair()
+    served, seen, journal, opened = {}, [], MortalJournal([0]), []
+    try:
+        for pid in SAID:
+            theirs.sendall(pid_bytes(pid))
+            if pid > 0:
+                event = os.eventfd(pid)
+                opened.append(event)
+                theirs.sendmsg([b"\1"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [event]))])
+        theirs.sendall(FINISHED)
+        theirs.close()
+        for life, at in enumerate([*dies_at, 0]):
+            mortal = Mortal(at)
+            journal.mortal = mortal
+            try:
+
+                def take(event, mortal=mortal):
+                    mortal.step()
+                    if isinstance(event, TaskUffd):
+                        assert event.pid not in served, "handed over twice"
+                        served[event.pid] = event.uffd
+                        opened.append(event.uffd)
+                    elif event not in seen:
+                        seen.append(event)
+                    mortal.step()
+
+                connection = Connection(ours, journal, 0)
+                connection._socket = MortalSocket(ours, mortal)  # a seam for deaths
+                if life:
+                    connection.resume(take, served.__contains__)
+                while Finished() not in seen and connection.receive(take):
+                    pass
+                break
+            except Death:
+                continue
+        values = {pid: os.eventfd_read(uffd) for pid, uffd in served.items()}
+    finally:
+        ours.close()
+        theirs.close()
+        for descriptor in {*opened}:
+            if is_open(descriptor):
+                os.close(descriptor)
+    return values, seen, mortal.steps
+
+
+def test_a_death_at_any_step_neither_loses_a_userfaultfd_nor_takes_it_for_anothers(monkeypatch):
+    tasks = {pid: pid for pid in SAID if pid > 0}
+    others = [*(Zombie(-pid) for pid in SAID if pid < 0), Finished()]
+    values, seen, steps = serve_and_die(monkeypatch, -1)
+    assert (values, seen) == (tasks, others)
+    assert steps > 4 * len(SAID)
+    for first in range(1, steps):
+        for second in (0, 1, 3, 6):
+            values, seen, _ = serve_and_die(monkeypatch, first, second)
+            assert (values, seen) == (tasks, others), f"deaths at steps {first} and {second}"
 
 
 @pytest.fixture
@@ -243,7 +360,11 @@ def test_the_name_is_there_as_long_as_it_listens(in_folder):
             peer.connect(str(in_folder / SOCKET_NAME))
             connection = listener.accept()
             assert connection is not None
-            connection.close()
+            with connection, socket.socket() as unrelated:
+                assert listener.is_accepted(connection.fileno())
+                assert not listener.is_accepted(listener.fileno())
+                assert not listener.is_accepted(peer.fileno())
+                assert not listener.is_accepted(unrelated.fileno())
     assert list(in_folder.iterdir()) == []
 
 
