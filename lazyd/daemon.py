@@ -343,8 +343,10 @@ def _serve_held(options: Options, serving: _Serving, log: Log, progress: Progres
                     os.write(ready, b"\0")
                     os.close(ready)
                 if serving.after is not None:
-                    with contextlib.suppress(Exception):
+                    try:
                         serving.after()
+                    except Exception as error:  # what it leaves undone harms nobody
+                        log.error(f"{type(error).__name__}: {error}")
 
             def succeed(has_begun: bool) -> None:  # noqa: FBT001  that is what it is told
                 if has_begun:
