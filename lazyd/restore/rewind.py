@@ -227,9 +227,6 @@ class Rewound:
                 with StoppedTask(pid) as stopped:
                     found = [one for one in read_live(pid) if one.start <= start and area.end <= one.end]
                     if _program(pid) != self._program or len(found) != 1 or not found[0].is_private_memory:
-                        import sys
-
-                        print("DBG", self._program, _program(pid), self._aside, read_live(pid), file=sys.stderr)
                         return ""  # another program by now: its memory went with the one before
                     with RemoteCalls(pid, stopped.leader, find_room(stopped)) as calls:
                         calls.run(Call(_SYS_MUNMAP, (start, area.end - start)))
