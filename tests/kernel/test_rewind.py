@@ -33,11 +33,11 @@ def program(tmp_path_factory):
 class Victim:
     """A running rewound, with its checkpoint."""
 
-    def __init__(self, program, folder, mib):
+    def __init__(self, program, folder, argument, before=()):
         self.state, self.images = folder / "state", folder / "images"
         self.state.mkdir()
         null = subprocess.DEVNULL
-        command = [str(program), str(self.state), str(mib)]
+        command = [str(program), *(before or [str(self.state)]), str(argument)]
         self.process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
         self.pid = self.process.pid
         try:
@@ -145,3 +145,70 @@ def test_while_its_old_memory_is_freed(start):
     assert victim.rewind()[0] == 0
     victim.check()  # nothing of what was moved aside is left
     assert int(status_fields(victim.pid)["VmSize"].split()[0]) < 64 * 1024 * 3
+
+
+# ---- what is refused: it goes on ----
+
+
+def refused(victim):
+    """Rewind in vain; the one line that says why."""
+    code, said = victim.rewind()
+    assert code == 1, said
+    assert len(said.splitlines()) == 1, said
+    assert victim.process.poll() is None
+    assert status_fields(victim.pid)["TracerPid"] == "0"
+    return said
+
+
+def test_another_process(start):
+    victim = start()
+    pid, victim.pid = victim.pid, os.getpid()
+    assert f"images of task {pid}, not of {victim.pid}" in refused(victim)
+    victim.pid = pid
+    victim.check()
+
+
+SCRIPT = """
+import os, sys, time
+os.mknod("STATE/ready")
+while not os.path.exists("STATE/open"):
+    time.sleep(0.005)
+file = open("/dev/null")
+child = os.fork()
+if not child:
+    time.sleep(1000)
+os.mknod("STATE/child")
+while not os.path.exists("STATE/end"):
+    time.sleep(0.005)
+os.kill(child, 9)
+os.waitpid(child, 0)
+os.mknod("STATE/ended")
+while True:
+    time.sleep(0.005)
+"""
+
+
+def test_children_descriptors_and_another_program(start_script):
+    victim = start_script(SCRIPT)
+    (victim.state / "open").touch()
+    wait_until((victim.state / "child").exists, "its child")
+    assert "has children, which would stay" in refused(victim)
+    (victim.state / "end").touch()
+    wait_until((victim.state / "ended").exists, "its child's end")
+    said = refused(victim)
+    assert f"process {victim.pid} has other descriptors than when it was dumped: 3 is new (/dev/null)" in said
+
+
+@pytest.fixture
+def start_script(tmp_path):
+    """Start a script that is gone when the test is over."""
+    victims = []
+
+    def start(text):
+        text = text.replace("STATE", str(tmp_path / "state"))
+        victims.append(Victim("/usr/bin/python3", tmp_path, text, before=["-c"]))
+        return victims[-1]
+
+    yield start
+    for victim in victims:
+        victim.close()
