@@ -292,7 +292,8 @@ def _serve_rewound(options: Options, pid: int, log: Log, progress: Progress, sta
         return held[0]
 
     def after() -> None:
-        log.message(f"rewound {pid}; it was stopped for {human_seconds(held[0].stopped_s)}")
+        how_long = f"; it was stopped for {human_seconds(held[0].stopped_s)}" if held[0].stopped_s else ""
+        log.message(f"rewound {pid}{how_long}")
         if left := held[0].sweep():
             log.warning(left)
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import NamedTuple
 
@@ -218,7 +219,8 @@ class Rewound:
         if puppet is None:
             return
         if self._plan.is_stopped:
-            puppet.stop()
+            with suppress(RestoreError, OSError):  # it was killed: nothing of it runs
+                puppet.stop()
         puppet.release()
         self.stopped_s = time.monotonic() - self._began
         self.tasks = []

@@ -147,6 +147,77 @@ def test_while_its_old_memory_is_freed(start):
     assert int(status_fields(victim.pid)["VmSize"].split()[0]) < 64 * 1024 * 3
 
 
+# ---- lazyd is killed ----
+
+DYING = """
+import itertools, os, signal, sys
+limit = int(sys.argv.pop(1))
+from lazyd.target import puppet, remote, tracing
+numbers = itertools.count(1)
+def counted(function):
+    def counting(*arguments):
+        if next(numbers) > limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+    return counting
+puppet.request = remote.request = tracing.request = counted(tracing.request)
+os.pwrite = counted(os.pwrite)
+from lazyd.cli import main
+sys.exit(main())
+"""
+
+
+def test_lazyd_is_killed_in_the_middle(program, tmp_path):
+    """The task goes on as it was, or it is dead: what lives can be rewound, and is right then."""
+    lived = died = number = 0
+    step = max(1, 40 // STRESS)
+    victim = None
+    try:
+        while True:
+            if victim is None:
+                folder = tmp_path / str(number)
+                folder.mkdir()
+                victim = Victim(program, folder, 3)
+                victim.check()
+            victim.forget()
+            words = ["rewind", "-D", str(victim.images), "--pid", str(victim.pid), "--no-progress"]
+            run = subprocess.run([sys.executable, "-c", DYING, str(number * step), *words], check=False)
+            number += 1
+            if run.returncode == 0:
+                break
+            assert run.returncode == -signal.SIGKILL
+            # Whoever is killed by PTRACE_O_EXITKILL is killed a moment after its tracer.
+            wait_until(
+                lambda victim=victim: (
+                    victim.process.poll() is not None or status_fields(victim.pid).get("TracerPid", "0") == "0"
+                ),
+                "the end of being traced",
+            )
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                victim.process.wait(0.1)
+            if victim.process.poll() is None:
+                lived += 1
+                # Killed late, it had been let go already, and others serve it to the end.
+                smaps = Path(f"/proc/{victim.pid}/smaps")
+                wait_until(lambda smaps=smaps: " um" not in smaps.read_text(), "the end of being served")
+                while True:
+                    code, said = victim.rewind()
+                    if code == 0:
+                        break
+                    # A system call that the one that was killed had begun ends by itself, within a second or so.
+                    assert "is not done with what a lazyd that was killed left it; try again" in said
+                victim.check()
+            else:
+                died += 1
+                victim = None
+        victim.check()
+    finally:
+        if victim is not None:
+            victim.close()
+    assert lived
+    assert died
+
+
 # ---- what is refused: it goes on ----
 
 
