@@ -34,7 +34,7 @@ _PR_TSC_ENABLE = 1
 _MEMBARRIER_CMD_GET_REGISTRATIONS = 1 << 9
 _PTRACE_GET_THREAD_AREA = 25
 _FIRST_TLS_ENTRY, _TLS_ENTRIES = 12, 3
-_SIGNALS = [number for number in range(1, 65) if number not in (9, 19)]  # those whose action can be set
+SIGACTION_SIGNALS = [number for number in range(1, 65) if number not in (9, 19)]  # those whose action can be set
 _SIGACTION_BYTES = 32
 _SCHED_DEADLINE = 6
 _USER_CODE_64 = 0x33
@@ -294,7 +294,7 @@ def _ask_thread(calls: RemoteCalls) -> _Answers:
 
 def _ask_task(calls: RemoteCalls, pid: int, timers: list[PosixTimer]) -> _TaskAnswers:
     at = calls.buffers
-    asked = [Call(_SYS_RT_SIGACTION, (number, 0, at + index * 32, 8)) for index, number in enumerate(_SIGNALS)]
+    asked = [Call(_SYS_RT_SIGACTION, (number, 0, at + index * 32, 8)) for index, number in enumerate(SIGACTION_SIGNALS)]
     at_timers = at + len(asked) * _SIGACTION_BYTES
     asked += [Call(_SYS_GETITIMER, (which, at_timers + which * 32)) for which in range(3)]
     results = calls.run(
@@ -314,7 +314,7 @@ def _ask_task(calls: RemoteCalls, pid: int, timers: list[PosixTimer]) -> _TaskAn
         what = "may not read the time stamp counter" if denies <= 0 else "may not have memory that it writes and runs"
         raise DumpError(f"process {pid} {what} (prctl): no image can hold that")
     actions = []
-    for index in range(len(_SIGNALS)):
+    for index in range(len(SIGACTION_SIGNALS)):
         handler, flags, restorer, mask = struct.unpack_from("4Q", text, index * _SIGACTION_BYTES)
         actions.append(SignalAction(handler, flags, restorer, mask))
     intervals = []
