@@ -84,6 +84,7 @@ class Plan(NamedTuple):
     program: str
     working_directory: str
     umask: int
+    personality: int
 
     @property
     def task(self) -> Any:  # noqa: ANN401  a protobuf message
@@ -156,6 +157,7 @@ class _Reader:
             program=self.path_of(files, mm.exe_file_id),
             working_directory=self.path_of(files, place.cwd_id),
             umask=place.umask,
+            personality=self.personality_of(core.tc.personality),
         )
         self.look_at_namespaces(ids)
         self.look_at_place(plan, place)
@@ -207,6 +209,12 @@ class _Reader:
                 area = area._replace(kind=vmas.Kind.SHARED, shared_id=inode.shmid, shared_size=inode.size)
             areas.append(area)
         return areas
+
+    def personality_of(self, number: int) -> int:
+        """Return a task's personality(2). criu takes the kernel's hexadecimal digits for a decimal number."""
+        inventory = read_message(self.directory, "inventory.img", SmallImage.INVENTORY)
+        is_ours = inventory.dump_uptime and not inventory.dump_criu_run_id
+        return number if is_ours else int(str(number), 16)
 
     def look_at_namespaces(self, ids: Any) -> None:  # noqa: ANN401
         inventory = read_message(self.directory, "inventory.img", SmallImage.INVENTORY)

@@ -73,7 +73,7 @@ def task_steps(plan: Plan) -> Iterator[Step]:
     task = plan.task
     yield Step(f"{plan.working_directory}: chdir", _SYS_CHDIR, (os.fsencode(plan.working_directory) + b"\0",))
     yield Step("umask", _SYS_UMASK, (plan.umask,))
-    yield Step("personality", _SYS_PERSONALITY, (task.personality,))
+    yield Step("personality", _SYS_PERSONALITY, (plan.personality,))
     for number, action in zip(SIGACTION_SIGNALS, task.sigactions, strict=False):
         text = struct.pack("<4Q", action.sigaction, action.flags, action.restorer, action.mask)
         yield Step(f"action of signal {number}", _SYS_RT_SIGACTION, (number, text, 0, 8))
