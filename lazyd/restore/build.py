@@ -44,7 +44,7 @@ class Restored:
             memories.check_vdso(plan, memory)
             with Files(plan) as files:
                 objects = memories.prepare(plan, files, memory)
-                self._puppet = Puppet(
+                self._puppet = Puppet.make(
                     plan.pid,
                     files.pairs(),
                     workshop=find_workshop(taken_ranges(plan)),
@@ -67,52 +67,12 @@ class Restored:
         puppet.run([*memories.kernel_steps(plan, puppet), memories.limits_step(plan, files)])
         memories.run_map_steps(puppet, memories.map_steps(plan, files, objects, filled))
         puppet.run(files.last_steps())
-        self._make_threads(puppet)
-        uffd = self._open_userfaultfd(puppet) if is_registered and not is_eager else -1
-        if uffd >= 0:
+        make_threads(plan, puppet)
+        uffd = -1
+        if is_registered and not is_eager:
+            uffd = open_userfaultfd(puppet)
             self.tasks.append(Attached(plan.pid, plan.pid, uffd))
-        puppet.run(tasks.task_steps(plan))
-        tasks.make_timers(plan, puppet)
-        for thread in plan.threads:
-            puppet.run(tasks.own_steps(plan, thread), thread.tid)
-            tasks.set_scheduling(thread)
-        self.warning = tasks.set_process_files(plan)
-        puppet.run(tasks.limit_steps(plan))
-        if uffd >= 0:
-            enable_missing(uffd, plan.pid)
-            for area in plan.vmas:
-                if area.is_lazy:
-                    register_missing(uffd, area.start, area.end - area.start, plan.pid)
-        for thread in reversed(plan.threads):  # the leader last: it still has to start timers
-            puppet.run(tasks.credential_steps(plan, thread), thread.tid)
-            traced = puppet.threads[thread.tid]
-            tasks.set_extended_state(traced, thread)
-            tasks.set_segments(traced, thread)
-        puppet.run([*tasks.dumpable_steps(plan), *tasks.start_steps(plan)])
-        registers = {thread.tid: tasks.final_registers(puppet.threads[thread.tid], thread) for thread in plan.threads}
-        puppet.leave(registers[plan.pid])
-        for thread in plan.threads[1:]:
-            puppet.threads[thread.tid].write_registers(registers[thread.tid])
-        for thread in plan.threads:
-            puppet.threads[thread.tid].set_signal_mask(tasks.signal_mask(plan, thread))
-
-    def _make_threads(self, puppet: Puppet) -> None:
-        try:
-            puppet.run(tasks.thread_steps(self._plan))
-        except RestoreError as error:
-            for tid, _ in self._plan.threads[1:]:
-                if tid not in puppet.threads and os.path.exists(f"/proc/{tid}"):  # noqa: PTH110  quick
-                    raise RestoreError(
-                        f"thread id {tid} is taken by another process or thread; end that first"
-                    ) from error
-            raise
-
-    def _open_userfaultfd(self, puppet: Puppet) -> int:
-        arguments = (os.O_CLOEXEC | os.O_NONBLOCK,)
-        (fd,) = puppet.run([Step("userfaultfd", _SYS_USERFAULTFD, arguments)])
-        uffd = take_userfaultfd(puppet.pid, fd)
-        puppet.run([Step("close", _SYS_CLOSE, (fd,))])
-        return uffd
+        self.warning = dress(plan, puppet, uffd, with_credentials=True)
 
     def release(self, *, stopped: bool = False) -> None:
         """Let the task go: somebody serves it. A second call does nothing."""
@@ -140,6 +100,62 @@ class Restored:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def make_threads(plan: Plan, puppet: Puppet) -> None:
+    """Make the threads that the puppet does not have. RestoreError if an id is taken."""
+    missing = [thread for thread in plan.threads if thread.tid not in puppet.threads]
+    try:
+        puppet.run(tasks.thread_steps(missing))
+    except RestoreError as error:
+        for tid, _ in missing:
+            if tid not in puppet.threads and os.path.exists(f"/proc/{tid}"):  # noqa: PTH110  quick
+                what = f"thread id {tid} is taken by another process or thread; end that first"
+                raise RestoreError(what) from error
+        raise
+
+
+def open_userfaultfd(puppet: Puppet) -> int:
+    """Return a userfaultfd of the puppet's memory, of which it has no descriptor itself."""
+    (fd,) = puppet.run([Step("userfaultfd", _SYS_USERFAULTFD, (os.O_CLOEXEC | os.O_NONBLOCK,))])
+    try:
+        return take_userfaultfd(puppet.pid, fd)
+    finally:
+        puppet.run([Step("close", _SYS_CLOSE, (fd,))])
+
+
+def dress(plan: Plan, puppet: Puppet, uffd: int, *, with_credentials: bool) -> str:
+    """Give a puppet with the memory and the threads of a task all else; it runs nothing of its own after that.
+
+    Its lazy memory is registered with uffd, if that is none below 0. Returns a warning, or nothing.
+    """
+    puppet.run(tasks.task_steps(plan))
+    tasks.make_timers(plan, puppet)
+    for thread in plan.threads:
+        puppet.run(tasks.own_steps(plan, thread), thread.tid)
+        tasks.set_scheduling(thread)
+    warning = tasks.set_process_files(plan)
+    puppet.run(tasks.limit_steps(plan))
+    if uffd >= 0:
+        enable_missing(uffd, plan.pid)
+        for area in plan.vmas:
+            if area.is_lazy:
+                register_missing(uffd, area.start, area.end - area.start, plan.pid)
+    for thread in reversed(plan.threads):  # the leader last: it still has to start timers
+        if with_credentials:
+            puppet.run(tasks.credential_steps(thread), thread.tid)
+        puppet.run(tasks.late_steps(thread), thread.tid)
+        traced = puppet.threads[thread.tid]
+        tasks.set_extended_state(traced, thread)
+        tasks.set_segments(traced, thread)
+    puppet.run([*tasks.dumpable_steps(plan), *tasks.start_steps(plan)])
+    registers = {thread.tid: tasks.final_registers(puppet.threads[thread.tid], thread) for thread in plan.threads}
+    puppet.leave(registers[plan.pid])
+    for thread in plan.threads[1:]:
+        puppet.threads[thread.tid].write_registers(registers[thread.tid])
+    for thread in plan.threads:
+        puppet.threads[thread.tid].set_signal_mask(tasks.signal_mask(plan, thread))
+    return warning
 
 
 def restore_alone(images: Path, dialect: str, *, is_eager: bool, stopped: bool) -> tuple[int, str]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ _NO_SETUID_FIXUP = 1 << 2
 _CAPABILITY_VERSION_3 = 0x20080522
 # CLONE_VM, FS, FILES, SIGHAND, THREAD, SYSVSEM
 _THREAD = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000
-_SIGINFO_BYTES = 128
+_SIGINFO_BYTES, _ROBUST_LIST_BYTES = 128, 24
+_SS_ONSTACK, _SS_DISABLE = 1, 2
 _MOST_TIMER_NUMBERS = 100_000
 _HEADER_AT = 512
 _XSAVE_FIELDS = {
@@ -61,9 +62,9 @@ _XSAVE_FIELDS = {
 _EMPTY_SEGMENT = (True, True)  # read_exec_only, seg_not_present
 
 
-def thread_steps(plan: Plan) -> Iterator[Step]:
-    """Yield the steps that make all threads but the leader. RestoreError of run(): an id is taken."""
-    for tid, _ in plan.threads[1:]:
+def thread_steps(threads: Iterable[Thread]) -> Iterator[Step]:
+    """Yield the steps that make threads. RestoreError of run(): an id is taken."""
+    for tid, _ in threads:
         arguments = struct.pack("<11Q", _THREAD, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0)
         yield Step(f"thread {tid}", _SYS_CLONE3, (Pointing(arguments, 64, struct.pack("<i", tid)), len(arguments)))
 
@@ -80,10 +81,9 @@ def task_steps(plan: Plan) -> Iterator[Step]:
     for bit in range(task.membarrier_registration_mask.bit_length()):
         if task.membarrier_registration_mask >> bit & 1:
             yield Step(f"membarrier({1 << bit})", _SYS_MEMBARRIER, (1 << bit, 0, 0))
-    if task.child_subreaper:
-        yield Step("prctl(PR_SET_CHILD_SUBREAPER)", _SYS_PRCTL, (_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
-    if plan.mm.thp_disabled:
-        yield Step("prctl(PR_SET_THP_DISABLE)", _SYS_PRCTL, (_PR_SET_THP_DISABLE, 1, 0, 0, 0))
+    reaper, huge = int(task.child_subreaper), int(plan.mm.thp_disabled)
+    yield Step("prctl(PR_SET_CHILD_SUBREAPER)", _SYS_PRCTL, (_PR_SET_CHILD_SUBREAPER, reaper, 0, 0, 0))
+    yield Step("prctl(PR_SET_THP_DISABLE)", _SYS_PRCTL, (_PR_SET_THP_DISABLE, huge, 0, 0, 0))
     for signal in task.signals_s.signals:
         number, text = _siginfo(signal)
         yield Step(f"pending signal {number}", _SYS_RT_SIGQUEUEINFO, (plan.pid, number, text))
@@ -127,9 +127,8 @@ def start_steps(plan: Plan) -> Iterator[Step]:
     """Yield what starts the timers: as late as can be."""
     timers = plan.task.timers
     for which, timer in enumerate((timers.real, timers.virt, timers.prof)):
-        if timer.vsec or timer.vusec:
-            text = struct.pack("<4q", timer.isec, timer.iusec, timer.vsec, timer.vusec)
-            yield Step(f"setitimer({which})", _SYS_SETITIMER, (which, text, 0))
+        text = struct.pack("<4q", timer.isec, timer.iusec, timer.vsec, timer.vusec)
+        yield Step(f"setitimer({which})", _SYS_SETITIMER, (which, text, 0))
     for timer in timers.posix:
         if timer.vsec or timer.vnsec or timer.isec or timer.insec:
             # One that had expired and waits for its period comes at once: never an armed one that would be disarmed.
@@ -150,12 +149,11 @@ def own_steps(plan: Plan, thread: Thread) -> Iterator[Step]:
     name = core.comm or (plan.task.comm if thread is plan.threads[0] else "")
     yield Step("name", _SYS_PRCTL, (_PR_SET_NAME, name.encode()[:15] + b"\0", 0, 0, 0))
     yield Step("set_tid_address", _SYS_SET_TID_ADDRESS, (thread.core.thread_info.clear_tid_addr,))
-    if core.futex_rla or core.futex_rla_len:
-        yield Step("set_robust_list", _SYS_SET_ROBUST_LIST, (core.futex_rla, core.futex_rla_len))
-    if core.HasField("sas") and core.sas.ss_size:
-        # On it or not (SS_ONSTACK) the kernel tells by the stack pointer.
-        text = struct.pack("<QIIQ", core.sas.ss_sp, core.sas.ss_flags & ~1, 0, core.sas.ss_size)
-        yield Step("sigaltstack", _SYS_SIGALTSTACK, (text, 0))
+    yield Step("set_robust_list", _SYS_SET_ROBUST_LIST, (core.futex_rla, core.futex_rla_len or _ROBUST_LIST_BYTES))
+    # On it or not (SS_ONSTACK) the kernel tells by the stack pointer.
+    flags = core.sas.ss_flags & ~_SS_ONSTACK if core.sas.ss_size else _SS_DISABLE
+    text = struct.pack("<QIIQ", core.sas.ss_sp, flags, 0, core.sas.ss_size)
+    yield Step("sigaltstack", _SYS_SIGALTSTACK, (text, 0))
     if (rseq := core.rseq_entry).rseq_abi_pointer:
         yield Step("rseq", _SYS_RSEQ, (rseq.rseq_abi_pointer, rseq.rseq_abi_size, 0, rseq.signature))
     for signal in core.signals_p.signals:
@@ -163,10 +161,9 @@ def own_steps(plan: Plan, thread: Thread) -> Iterator[Step]:
         yield Step(f"pending signal {number}", _SYS_RT_TGSIGQUEUEINFO, (plan.pid, thread.tid, number, text))
 
 
-def credential_steps(plan: Plan, thread: Thread) -> Iterator[Step]:
-    """Yield what gives a thread its credentials, and what they would have reset."""
-    core = thread.core.thread_core
-    creds = core.creds
+def credential_steps(thread: Thread) -> Iterator[Step]:
+    """Yield what gives a thread its credentials."""
+    creds = thread.core.thread_core.creds
     groups = struct.pack(f"<{len(creds.groups)}I", *creds.groups)
     yield Step("setgroups", _SYS_SETGROUPS, (len(creds.groups), groups or 0))
     yield Step("securebits", _SYS_PRCTL, (_PR_SET_SECUREBITS, _NO_SETUID_FIXUP, 0, 0, 0))
@@ -192,8 +189,12 @@ def credential_steps(plan: Plan, thread: Thread) -> Iterator[Step]:
             yield Step(f"ambient set, {number}", _SYS_PRCTL, arguments)
     if creds.no_new_privs:
         yield Step("prctl(PR_SET_NO_NEW_PRIVS)", _SYS_PRCTL, (_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    if core.pdeath_sig:
-        yield Step("prctl(PR_SET_PDEATHSIG)", _SYS_PRCTL, (_PR_SET_PDEATHSIG, core.pdeath_sig, 0, 0, 0))
+
+
+def late_steps(thread: Thread) -> Iterator[Step]:
+    """Yield what a change of credentials resets."""
+    signal = thread.core.thread_core.pdeath_sig
+    yield Step("prctl(PR_SET_PDEATHSIG)", _SYS_PRCTL, (_PR_SET_PDEATHSIG, signal, 0, 0, 0))
 
 
 def dumpable_steps(plan: Plan) -> Iterator[Step]:

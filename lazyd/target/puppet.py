@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from lazyd.errors import RestoreError, SystemCallError
 from lazyd.target._target import ffi, lib
-from lazyd.target.remote import signed
+from lazyd.target.remote import Call, RemoteCalls, find_room, signed
 from lazyd.target.tracing import (
     PTRACE_CONT,
     PTRACE_EVENT_CLONE,
@@ -38,18 +38,21 @@ from lazyd.target.tracing import (
     PTRACE_O_TRACECLONE,
     PTRACE_O_TRACEEXEC,
     PTRACE_O_TRACESYSGOOD,
+    PTRACE_SETOPTIONS,
     PTRACE_SYSCALL,
     WALL,
     Registers,
+    StoppedTask,
     Thread,
-    read_memory,
     request,
 )
 from lazyd.units import PAGE_SIZE, USER_SPACE_END
 
 STUB = Path(__file__).with_name("stub")
-_SYS_MMAP, _SYS_MUNMAP, _SYS_MREMAP = 9, 11, 25
-_PROT_ALL, _MAP_FIXED_NOREPLACE_PRIVATE = 7, 0x100022
+_SYS_MMAP, _SYS_MUNMAP, _SYS_MREMAP, _SYS_EXIT = 9, 11, 25, 60
+_SYS_SET_TID_ADDRESS, _SYS_SET_ROBUST_LIST = 218, 273
+# PROT_READ, WRITE and EXEC; MAP_PRIVATE, ANONYMOUS and FIXED_NOREPLACE; no file
+_WORKSHOP_FLAGS = (7, 0x100022, (1 << 64) - 1, 0)
 _MREMAP_MAYMOVE_FIXED = 3
 _ALL_SIGNALS = _NO_SYSTEM_CALL = (1 << 64) - 1
 _MAY_FAIL = 1 << 32
@@ -60,7 +63,7 @@ _END = _CALL.pack(_ALL_SIGNALS, *[0] * 7)
 _CODE_BYTES, _LIST_BYTES, _DATA_BYTES, _PASSAGE_BYTES = PAGE_SIZE, 16 * PAGE_SIZE, 32 * PAGE_SIZE, 64 * PAGE_SIZE
 WORKSHOP_BYTES = _CODE_BYTES + _LIST_BYTES + _DATA_BYTES + _PASSAGE_BYTES
 MOST_CALLS = _LIST_BYTES // _CALL.size - 1
-_PROT_LETTERS = ((1, "r"), (2, "w"), (4, "x"))
+_OPTIONS = PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACECLONE | PTRACE_O_TRACEEXEC | PTRACE_O_EXITKILL
 
 
 class Pointing(NamedTuple):
@@ -91,39 +94,69 @@ class Part(NamedTuple):
 class Puppet:
     """A process that does what it is told, until release(); kill() is for all other ends."""
 
-    def __init__(
-        self,
-        pid: int,
-        files: Sequence[tuple[int, int]],
-        *,
-        workshop: int,
-        new_session: bool,
-        new_group: bool,
-    ) -> None:
-        """Make it. files: (descriptor here, number there), sorted by the latter. `workshop`: an address, see above.
+    def __init__(self, pid: int, workshop: int) -> None:
+        """Name a process, and an address for its workshop; make() or take_over() makes it a puppet."""
+        self.pid = pid
+        self.threads: dict[int, Thread] = {}
+        self.kernel_parts: tuple[Part, ...] = ()
+        self.memory = -1
+        """/proc/PID/mem, open for reading and writing."""
+        self._place(workshop)
+
+    def _place(self, workshop: int) -> None:
+        self._workshop = self._code = workshop
+        self._list = workshop + _CODE_BYTES
+        self._data = self._list + _LIST_BYTES
+
+    @classmethod
+    def make(
+        cls, pid: int, files: Sequence[tuple[int, int]], *, workshop: int, new_session: bool, new_group: bool
+    ) -> Puppet:
+        """Make a process. files: (descriptor here, number there), sorted by the latter.
 
         RestoreError or SystemCallError in one line; there is no process then.
         """
-        self.pid = pid
-        self.threads: dict[int, Thread] = {}
-        self._workshop = workshop
-        self._memory = -1
-        go = self._spawn(files, new_session=new_session, new_group=new_group)
+        puppet = cls(pid, workshop)
+        go = puppet._spawn(files, new_session=new_session, new_group=new_group)
         try:
-            options = PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACECLONE | PTRACE_O_TRACEEXEC | PTRACE_O_EXITKILL
-            self.threads[pid] = Thread(pid, options)
+            puppet.threads[pid] = Thread(pid, _OPTIONS)
             os.write(go, b"\0")
-            self._wait_for_exec()
-            self._memory = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
-            self.kernel_parts = self._move_in()
+            puppet._wait_for_exec()
+            puppet.memory = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+            puppet._move_in()
         except OSError as error:
-            self.kill()
+            puppet.kill()
             raise SystemCallError("ptrace", error.errno or 0, path=f"process {pid}") from error
         except BaseException:
-            self.kill()
+            puppet.kill()
             raise
         finally:
             os.close(go)
+        return puppet
+
+    @classmethod
+    def take_over(cls, task: StoppedTask, workshop: int) -> Puppet:
+        """Make a stopped task a puppet. From here on it dies with us: `task` has no threads any more.
+
+        An exception before that leaves it as it was.
+        """
+        puppet = cls(task.pid, workshop)
+        with RemoteCalls(task.pid, task.leader, find_room(task)) as calls:
+            (result,) = calls.run(Call(_SYS_MMAP, (workshop, WORKSHOP_BYTES, *_WORKSHOP_FLAGS)))
+        if result != workshop:
+            raise RestoreError(f"process {task.pid}: mmap of the workshop: {os.strerror(-result)}")
+        puppet.memory = os.open(f"/proc/{task.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        puppet.threads = {thread.tid: thread for thread in task.threads}
+        task.threads.clear()
+        try:
+            os.pwrite(puppet.memory, _stub_code(), workshop)
+            for thread in puppet.threads.values():
+                request(PTRACE_SETOPTIONS, thread.tid, 0, _OPTIONS)
+                thread.set_signal_mask(_ALL_SIGNALS)
+        except BaseException:
+            puppet.kill()
+            raise
+        return puppet
 
     def _spawn(self, files: Sequence[tuple[int, int]], *, new_session: bool, new_group: bool) -> int:
         program = os.open(STUB, os.O_RDONLY | os.O_CLOEXEC)
@@ -157,34 +190,38 @@ class Puppet:
             raise RestoreError(f"task {self.pid}: its files do not fit below the limit of open files (ulimit -n)")
         raise RestoreError(f"process {self.pid} could not be made from {STUB}")
 
-    def _move_in(self) -> tuple[Part, ...]:
-        """Move into the workshop, and unmap all else but what is the kernel's; return where that is."""
+    def _move_in(self) -> None:
+        """Move into the workshop, and unmap all else but what is the kernel's."""
         leader = self.threads[self.pid]
         leader.set_signal_mask(_ALL_SIGNALS)
         registers = leader.read_registers()
-        code = read_memory(self.pid, registers.ip, 256)
-        parts = _kernel_parts(self.pid)
-        if code is None or sum(part.end - part.start for part in parts) > _PASSAGE_BYTES:
-            raise RestoreError(f"process {self.pid} is not as a new process is")
+        workshop = self._workshop
+        # Not moved in yet: its own instructions, and a list on its stack.
         self._code, self._list = registers.ip, (registers.sp & -PAGE_SIZE) - 4 * PAGE_SIZE
-        self._data = self._list + _LIST_BYTES  # not used yet
-        flags = (_PROT_ALL, _MAP_FIXED_NOREPLACE_PRIVATE, _ALL_SIGNALS, 0)
-        self.run([Step("mmap of the workshop", _SYS_MMAP, (self._workshop, WORKSHOP_BYTES, *flags))])
-        os.pwrite(self._memory, code, self._workshop)
-        self._code = self._workshop
-        self._list = self._workshop + _CODE_BYTES
-        self._data = self._list + _LIST_BYTES
+        self.run([Step("mmap of the workshop", _SYS_MMAP, (workshop, WORKSHOP_BYTES, *_WORKSHOP_FLAGS))])
+        os.pwrite(self.memory, _stub_code(), workshop)
+        self._place(workshop)
+        self.clear(keep=())
+
+    def clear(self, keep: Iterable[tuple[int, int]]) -> None:
+        """Unmap all but these ranges and the workshop, and move what is the kernel's there, for move_part()."""
+        parts = _kernel_parts(self.pid)
+        if sum(part.end - part.start for part in parts) > _PASSAGE_BYTES:
+            raise RestoreError(f"process {self.pid} has more mappings of the kernel's own than are known")
         steps, moved, to = [], [], self._data + _DATA_BYTES
         for start, end, is_code in parts:
             length = end - start
             steps.append(Step("mremap", _SYS_MREMAP, (start, length, length, _MREMAP_MAYMOVE_FIXED, to)))
             moved.append(Part(to, to + length, is_code))
             to += length
-        workshop_end = self._workshop + WORKSHOP_BYTES
-        steps.append(Step("munmap", _SYS_MUNMAP, (0, self._workshop)))
-        steps.append(Step("munmap", _SYS_MUNMAP, (workshop_end, USER_SPACE_END - workshop_end)))
+        at = 0
+        for start, end in sorted([*keep, (self._workshop, self._workshop + WORKSHOP_BYTES)]):
+            if at < start:
+                steps.append(Step("munmap", _SYS_MUNMAP, (at, start - at)))
+            at = max(at, end)
+        steps.append(Step("munmap", _SYS_MUNMAP, (at, USER_SPACE_END - at)))
         self.run(steps)
-        return tuple(moved)
+        self.kernel_parts = tuple(moved)
 
     def move_part(self, part: Part, to: int) -> Step:
         """Return the step that moves a mapping of the kernel's own to where it is to be."""
@@ -235,14 +272,14 @@ class Puppet:
         return at
 
     def _run_chunk(self, thread: Thread, steps: Sequence[Step], text: bytes, data: bytes) -> list[int]:
-        os.pwrite(self._memory, text, self._list)
+        os.pwrite(self.memory, text, self._list)
         if data:
-            os.pwrite(self._memory, data, self._data)
+            os.pwrite(self.memory, data, self._data)
         registers = thread.read_registers()
-        thread.write_registers(registers._replace(ip=self._code, bx=self._list, orig_ax=_NO_SYSTEM_CALL, ax=0))
+        thread.write_registers(registers._replace(ip=self._code, bx=self._list, sp=0, orig_ax=_NO_SYSTEM_CALL, ax=0))
         self._go_on(thread)
         done = (thread.read_registers().bx - self._list) // _CALL.size
-        answers = os.pread(self._memory, len(text), self._list)
+        answers = os.pread(self.memory, len(text), self._list)
         results = [_CALL.unpack_from(answers, index * _CALL.size)[7] for index in range(len(steps))]
         if done < len(steps):
             failed = steps[done]
@@ -275,12 +312,25 @@ class Puppet:
         except ChildProcessError:
             raise RestoreError(f"process {tid} is gone before it was whole") from None
 
+    def end_thread(self, tid: int) -> None:
+        """End a thread that is not the leader, such that nobody is told: no word is cleared, no futex woken."""
+        steps = [Step("set_robust_list", _SYS_SET_ROBUST_LIST, (0, 24)), Step("set_tid_address", _SYS_SET_TID_ADDRESS)]
+        self.run(steps, tid)
+        thread = self.threads[tid]
+        os.pwrite(self.memory, _CALL.pack(_SYS_EXIT, *[0] * 7), self._list)
+        registers = thread.read_registers()
+        thread.write_registers(registers._replace(ip=self._code, bx=self._list, orig_ax=_NO_SYSTEM_CALL, ax=0))
+        request(PTRACE_CONT, tid)
+        while os.WIFSTOPPED(self._wait(tid)):
+            request(PTRACE_CONT, tid)
+        del self.threads[tid]
+
     # The end
 
     def leave(self, registers: Registers) -> None:
         """Have the leader unmap the workshop and give it its own registers: it runs nothing before it is let go."""
         leader = self.threads[self.pid]
-        os.pwrite(self._memory, b"\x0f\x05", self._code)  # syscall
+        os.pwrite(self.memory, b"\x0f\x05", self._code)  # syscall
         last = leader.read_registers()._replace(
             ip=self._code, ax=_SYS_MUNMAP, di=self._workshop, si=WORKSHOP_BYTES, orig_ax=_NO_SYSTEM_CALL
         )
@@ -338,9 +388,9 @@ class Puppet:
         self._close()
 
     def _close(self) -> None:
-        if self._memory >= 0:
-            os.close(self._memory)
-            self._memory = -1
+        if self.memory >= 0:
+            os.close(self.memory)
+            self.memory = -1
 
 
 def _length(argument: int | bytes | Pointing) -> int:
@@ -371,6 +421,18 @@ def find_workshop(taken: Iterable[tuple[int, int]]) -> int:
             return lowest
         lowest = max(lowest, end)
     raise RestoreError("the images leave no address space for making the task")
+
+
+def _stub_code() -> bytes:
+    """Return the instructions of the stub: what its executable segment holds (elf(5))."""
+    text = STUB.read_bytes()
+    (table,) = struct.unpack_from("<Q", text, 32)
+    size, count = struct.unpack_from("<HH", text, 54)
+    for index in range(count):
+        kind, flags, offset, _, _, length = struct.unpack_from("<IIQQQQ", text, table + index * size)
+        if kind == 1 and flags & 1:  # PT_LOAD, PF_X
+            return text[offset : offset + length]
+    raise RestoreError(f"{STUB}: not what the build made; install lazyd again")
 
 
 def own_code() -> bytes:
