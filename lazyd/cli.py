@@ -29,7 +29,8 @@ lazyd [lazy-pages] -D DIR [options]   serve the memory of a restore; beside `cri
        lazyd verify DIR                      check a directory of images whole
        lazyd dump --pid PID -D DIR           write images of a process (lazyd dump --help)
        lazyd pre-dump --pid PID -D DIR       the same, while it goes on, to dump only changes later
-       lazyd restore -D DIR                  build a dumped process again and serve it (lazyd restore --help)"""
+       lazyd restore -D DIR                  build a dumped process again and serve it (lazyd restore --help)
+       lazyd rewind --pid PID -D DIR         put a live process back to its own checkpoint"""
 _REMOTE = (
     "page_server",
     "address",
@@ -295,7 +296,8 @@ def _lazy_pages(given: argparse.Namespace) -> int:
 
 
 _DUMPING = ("dump", "pre-dump")
-_WITH_OWN_OPTIONS = (*_DUMPING, "restore")
+_RESTORING = ("restore", "rewind")
+_WITH_OWN_OPTIONS = (*_DUMPING, *_RESTORING)
 
 
 class _Verb(Enum):
@@ -318,7 +320,7 @@ def _run(arguments: Sequence[str]) -> int:
         from lazyd.cli_dump import run  # noqa: PLC0415  see the head of this module
 
         return run(arguments, _spell_out, _Verbosity)
-    if arguments and arguments[0] == "restore":
+    if arguments and arguments[0] in _RESTORING:
         from lazyd import cli_restore  # noqa: PLC0415  see the head of this module
 
         return cli_restore.run(arguments, _spell_out, _Verbosity, _rate)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The verb that builds a task again. Arguments and exit codes, as in cli."""
+"""The verbs that build a task again: restore, and in place, rewind. Arguments and exit codes, as in cli."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from lazyd.errors import UsageError
 _USAGE = """\
 lazyd restore -D DIR [options]             build the process again; it runs at once, its memory comes as it is asked for
        lazyd restore -D DIR --eager [options]     fill its memory first; lazyd ends when the process runs
-       lazyd restore -D DIR --stopped [options]   leave it empty and stopped, for `lazyd -D DIR --pid PID`"""
+       lazyd restore -D DIR --stopped [options]   leave it empty and stopped, for `lazyd -D DIR --pid PID`
+       lazyd rewind -D DIR --pid PID [options]    put a live process back to its own checkpoint, in place"""
 _DEFAULT_VERBOSITY = 2
 
 
@@ -35,6 +36,7 @@ def _make_parser(verbosity: type[argparse.Action], rate: Callable[[str], int]) -
         default="auto",
         help="which writer's pagemap entries the images hold, where they do not say it themselves",
     )
+    images.add_argument("-t", "--pid", metavar="PID", type=int, help="rewind: the process")
     how = parser.add_argument_group("how")
     how.add_argument("--eager", action="store_true", help="fill all memory before the process runs")
     how.add_argument("-s", "--stopped", "--leave-stopped", action="store_true", help="leave it stopped, as by SIGSTOP")
@@ -64,12 +66,19 @@ def parse(
     verbosity: type[argparse.Action],
     rate: Callable[[str], int],
 ) -> argparse.Namespace:
-    """Parse a command line whose verb is restore; UsageError if it makes no sense."""
+    """Parse a command line whose verb is restore or rewind; UsageError if it makes no sense."""
     given = _make_parser(verbosity, rate).parse_intermixed_args(spell_out(arguments))
     if len(given.words) != 1:
         raise UsageError(f"lazyd: {given.words[1]}: one word too many")
     if given.images_dir is None:
-        raise UsageError("lazyd restore: from where? -D DIR is needed")
+        raise UsageError(f"lazyd {given.words[0]}: from where? -D DIR is needed")
+    if given.words[0] == "rewind":
+        if given.pid is None or given.pid <= 0:
+            raise UsageError("lazyd rewind: which process? --pid PID is needed")
+        if given.eager or given.stopped:
+            raise UsageError("lazyd rewind: --eager and --stopped are for lazyd restore")
+    elif given.pid is not None:
+        raise UsageError("lazyd restore: the process gets the pid that it had; --pid is for lazyd rewind")
     if given.eager or given.stopped:
         which = "--eager" if given.eager else "--stopped"
         for name in ("fill", "fill_rate", "daemon", "pidfile", "stats", "lazy_pages"):
@@ -86,10 +95,10 @@ def run(
     verbosity: type[argparse.Action],
     rate: Callable[[str], int],
 ) -> int:
-    """Run restore."""
+    """Run restore or rewind."""
     given = parse(arguments, spell_out, verbosity, rate)
 
-    from lazyd.daemon import Announcement, Options, serve  # noqa: PLC0415  users of other verbs do not wait for it
+    from lazyd.daemon import Announcement, Options, Restore, serve  # noqa: PLC0415  users of other verbs do not wait for it
     from lazyd.report import Log, Show  # noqa: PLC0415
     from lazyd.session import Settings  # noqa: PLC0415
     from lazyd.uffd import Fill  # noqa: PLC0415
@@ -109,7 +118,7 @@ def run(
         statistics=given.stats,
         is_daemon=given.daemon,
         show=show,
-        is_restore=True,
+        restore=Restore(given.pid or 0),
     )
     log = Log(_DEFAULT_VERBOSITY if given.verbosity is None else given.verbosity)
     if not (given.eager or given.stopped):

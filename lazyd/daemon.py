@@ -18,7 +18,17 @@ from typing import NamedTuple, Protocol
 
 from lazyd.errors import LazydError, SystemCallError
 from lazyd.keeper import Life, flush, keep
-from lazyd.report import Log, Moments, Outcome, Progress, Show, statistics, summary_lines, write_statistics
+from lazyd.report import (
+    Log,
+    Moments,
+    Outcome,
+    Progress,
+    Show,
+    human_seconds,
+    statistics,
+    summary_lines,
+    write_statistics,
+)
 from lazyd.restore_socket import Listener
 from lazyd.session import Session, Settings, hold_signals
 from lazyd.target import Attached
@@ -40,7 +50,7 @@ class Options(NamedTuple):
     is_daemon: bool
     show: Show
     attach: Attach | None = None
-    is_restore: bool = False
+    restore: Restore | None = None
     """The task is built here, and nobody comes to the socket."""
 
 
@@ -51,6 +61,12 @@ class Attach(NamedTuple):
     image_pid: int
     with_children: bool
     drop_pages: bool
+
+
+class Restore(NamedTuple):
+    """How a task is built. `rewinds` is its pid if it is there already and is put back; 0: it is made."""
+
+    rewinds: int = 0
 
 
 class Announcement:
@@ -144,7 +160,9 @@ def _serve(options: Options, log: Log, statistics_path: Path | None) -> int:
     work = options.work.absolute()
     check_permission()
     progress = Progress(log, options.show)
-    if options.is_restore:
+    if options.restore is not None and options.restore.rewinds:
+        return _serve_rewound(options, options.restore.rewinds, log, progress, statistics_path)
+    if options.restore is not None:
         return _serve_restored(options, log, progress, statistics_path)
     if options.attach is not None:
         return _serve_attached(options, options.attach, log, progress, statistics_path)
@@ -231,12 +249,40 @@ def _serve_restored(options: Options, log: Log, progress: Progress, statistics_p
     return _serve_held(options, _Serving(frozenset({plan.pid}), hold, said), log, progress, statistics_path)
 
 
+def _serve_rewound(options: Options, pid: int, log: Log, progress: Progress, statistics_path: Path | None) -> int:
+    """Put a task back to its checkpoint and serve it from there on."""
+    from lazyd.errors import RestoreError  # noqa: PLC0415  as above
+    from lazyd.restore.memory import Memory  # noqa: PLC0415
+    from lazyd.restore.plan import make_plan  # noqa: PLC0415
+    from lazyd.restore.rewind import Rewound  # noqa: PLC0415
+
+    plan = make_plan(options.settings.images, needs_terminal=False)
+    if plan.pid != pid:
+        raise RestoreError(f"{plan.images}: images of task {plan.pid}, not of {pid}")
+    held: list[Rewound] = []
+
+    def hold(session: Session) -> Held:
+        expected = session.expected[plan.pid]
+        held.append(Rewound(plan, Memory(expected.extents, expected.sources)))
+        if held[0].warning:
+            log.warning(held[0].warning)
+        return held[0]
+
+    def after() -> None:
+        log.message(f"rewound {pid}; it was stopped for {human_seconds(held[0].stopped_s)}")
+        if left := held[0].sweep():
+            log.warning(left)
+
+    return _serve_held(options, _Serving(frozenset({pid}), hold, "", after), log, progress, statistics_path)
+
+
 class _Serving(NamedTuple):
-    """Whom to serve: tasks by their image pids, how to get hold of them, and what to say when they run."""
+    """Whom to serve: tasks by their image pids, how to get hold of them, and what to say and do when they run."""
 
     image_pids: frozenset[int]
     hold: Callable[[Session], Held]
     said: str
+    after: Callable[[], None] | None = None
 
 
 def _serve_held(options: Options, serving: _Serving, log: Log, progress: Progress, statistics_path: Path | None) -> int:
@@ -264,11 +310,15 @@ def _serve_held(options: Options, serving: _Serving, log: Log, progress: Progres
                     announcement.write()
                 except LazydError as error:
                     log.error(str(error))
-                log.message(serving.said)
+                if serving.said:
+                    log.message(serving.said)
                 if ready is not None:
                     _leave_terminal(log)
                     os.write(ready, b"\0")
                     os.close(ready)
+                if serving.after is not None:
+                    with contextlib.suppress(Exception):
+                        serving.after()
 
             code = keep(serve_life, log.error, begun)
             flush()

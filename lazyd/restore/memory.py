@@ -15,6 +15,7 @@ import os
 import struct
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from lazyd.errors import ImageError, RestoreError
@@ -34,6 +35,7 @@ _MAP_GROWSDOWN, _MAP_LOCKED, _MAP_NORESERVE = 0x100, 0x2000, 0x4000
 _MADV_GUARD_INSTALL = 102
 _PR_SET_MM, _PR_SET_MM_MAP = 35, 14
 _NO_FILE = (1 << 64) - 1
+_SAME_PROGRAM = (1 << 32) - 1
 _MOST_AT_ONCE = 1 << 30
 _LIMITS = (
     *("start_code", "end_code", "start_data", "end_data", "start_brk", "brk"),
@@ -50,20 +52,19 @@ class Memory(NamedTuple):
 
 def prepare(plan: Plan, files: Files, memory: Memory) -> dict[int, int]:
     """Hand down what is to be mapped and read; return the numbers of the objects of shared memory."""
-    for area in plan.vmas:
-        if area.file:
-            files.add_path(str(plan.files[area.file].reg.name), _open_flags(area))
+    for path, flags in mapped_files(plan):
+        files.add_path(path, flags)
     files.add_path(plan.program, os.O_RDONLY)
     for index, fd in enumerate(memory.sources):
         files.add(("source", index), fd, is_owned=False)
-    ids = sorted({area.shared_id for area in plan.vmas if area.kind is AreaKind.SHARED})
+    sizes = shared_sizes(plan)
     objects: dict[int, int] = {}
-    if not ids:
+    if not sizes:
         return objects
-    shared = load_shared(plan.images, ids)
+    shared = load_shared(plan.images, list(sizes))
     try:
-        for shared_id in ids:
-            objects[shared_id] = files.add(("shared", shared_id), _make_object(plan, shared_id, shared))
+        for shared_id, size in sizes.items():
+            objects[shared_id] = files.add(("shared", shared_id), _make_object(plan, shared_id, size, shared))
     finally:
         shared.close()
     return objects
@@ -75,28 +76,46 @@ def _open_flags(area: Area) -> int:
     return os.O_RDWR if area.kind is AreaKind.SHARED_FILE and area.prot & _PROT_WRITE else os.O_RDONLY
 
 
-def _make_object(plan: Plan, shared_id: int, shared: SharedImages) -> int:
+def mapped_files(plan: Plan) -> list[tuple[str, int]]:
+    """Return the files that are mapped, each with how it was opened for that."""
+    found = [(str(plan.files[area.file].reg.name), _open_flags(area)) for area in plan.vmas if area.file]
+    return list(dict.fromkeys(found))
+
+
+def shared_sizes(plan: Plan) -> dict[int, int]:
+    """Return the objects of shared memory that are mapped, by their id, with their size."""
+    sizes: dict[int, int] = {}
+    for area in plan.vmas:
+        if area.kind is AreaKind.SHARED:
+            size = max(area.shared_size, area.offset + area.end - area.start)
+            sizes[area.shared_id] = max(size, sizes.get(area.shared_id, 0))
+    return sizes
+
+
+def _make_object(plan: Plan, shared_id: int, size: int, shared: SharedImages) -> int:
     """Return a file with the bytes of an object of shared memory."""
-    areas = [area for area in plan.vmas if area.kind is AreaKind.SHARED and area.shared_id == shared_id]
-    size = max(*(area.offset + area.end - area.start for area in areas), *(area.shared_size for area in areas))
     fd = os.memfd_create("shared", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, size)
         for extent in shared.tables[shared_id]:
-            if extent.kind is not Kind.DUMPED:
-                continue
-            at, left = extent.offset, extent.pages * PAGE_SIZE
-            os.lseek(fd, extent.start, os.SEEK_SET)
-            while left:
-                count = os.sendfile(fd, shared.sources[extent.source].fd, at, left)
-                if not count:
-                    path = plan.images / f"pagemap-shmem-{shared_id}.img"
-                    raise ImageError(path, "its pages image is shorter than it was", address=extent.start)
-                at, left = at + count, left - count
+            if extent.kind is Kind.DUMPED:
+                path = plan.images / f"pagemap-shmem-{shared_id}.img"
+                send(shared.sources[extent.source].fd, extent, fd, path)
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def send(source: int, extent: Extent, fd: int, path: Path) -> None:
+    """Copy a run of pages to where it belongs in a file. ImageError, that names `path`."""
+    at, left = extent.offset, extent.pages * PAGE_SIZE
+    os.lseek(fd, extent.start, os.SEEK_SET)
+    while left:
+        count = os.sendfile(fd, source, at, left)
+        if not count:
+            raise ImageError(path, "its pages image is shorter than it was", address=extent.start)
+        at, left = at + count, left - count
 
 
 def pages_to_fill(plan: Plan, extents: ExtentTable, *, is_eager: bool) -> list[Extent]:
@@ -134,7 +153,21 @@ def _cut(areas: Sequence[Area], extents: Iterable[Extent]) -> Iterator[Extent]:
             at += 1
 
 
-def map_steps(plan: Plan, files: Files, objects: dict[int, int], filled: Sequence[Extent]) -> Iterator[Step]:
+class Opened(NamedTuple):
+    """Files that the task has opened itself: their numbers by path and flags."""
+
+    numbers: dict[tuple[str, int], int]
+
+    def add_path(self, path: str, flags: int) -> int:
+        """Return the number of one."""
+        return self.numbers[path, flags]
+
+    def number_of(self, key: object) -> int:
+        """Nothing is read through it."""
+        raise KeyError(key)
+
+
+def map_steps(plan: Plan, files: Files | Opened, objects: dict[int, int], filled: Sequence[Extent]) -> Iterator[Step]:
     """Yield the steps that map all areas, fill what must be filled, and then give them their protection and advice."""
     starts = [extent.start for extent in filled]
     protect: list[Area] = []
@@ -234,10 +267,13 @@ def check_vdso(plan: Plan, memory: Memory) -> None:
             )
 
 
-def limits_step(plan: Plan, files: Files) -> Step:
-    """Return the step that tells the kernel where the parts of the program are, and which it is; the stub is gone."""
+def limits_step(plan: Plan, files: Files | None) -> Step:
+    """Return the step that tells the kernel where the parts of the program are, and which it is; the stub is gone.
+
+    Without files it stays the program that it is.
+    """
     values = [getattr(plan.mm, f"mm_{name}") for name in _LIMITS]
     vector = struct.pack(f"<{len(plan.mm.mm_saved_auxv)}Q", *plan.mm.mm_saved_auxv)
-    program = files.add_path(plan.program, os.O_RDONLY)
+    program = files.add_path(plan.program, os.O_RDONLY) if files is not None else _SAME_PROGRAM
     text = struct.pack("<12Q2I", *values, 0, len(vector), program)
     return Step("prctl(PR_SET_MM_MAP)", _SYS_PRCTL, (_PR_SET_MM, _PR_SET_MM_MAP, Pointing(text, 88, vector), len(text)))

@@ -97,12 +97,15 @@ class Plan(NamedTuple):
         return bool(self.task.task_state == TaskState.STOPPED.value)
 
 
-def make_plan(images: Path) -> Plan:
-    """Read the images of a plain task; ImageError if they cannot be trusted, RestoreError if it is not plain."""
+def make_plan(images: Path, *, needs_terminal: bool = True) -> Plan:
+    """Read the images of a plain task; ImageError if they cannot be trusted, RestoreError if it is not plain.
+
+    needs_terminal: where the task had one, there must be one among our standard streams.
+    """
     directory = ImagesDirectory.open(images)
     try:
         directory.check_inventory()
-        return _Reader(directory).read()
+        return _Reader(directory, needs_terminal=needs_terminal).read()
     except FileNotFoundError as error:
         raise ImageError(images, "no inventory.img in it: not a directory of CRIU images") from error
     finally:
@@ -110,8 +113,9 @@ def make_plan(images: Path) -> Plan:
 
 
 class _Reader:
-    def __init__(self, directory: ImagesDirectory) -> None:
+    def __init__(self, directory: ImagesDirectory, *, needs_terminal: bool) -> None:
         self.directory = directory
+        self.needs_terminal = needs_terminal
         self.problems: list[str] = []
 
     def read(self) -> Plan:
@@ -265,7 +269,8 @@ class _Reader:
             self.add("standard streams", "a pipe with both ends in the images")
         if has_records(self.directory, "pipes-data.img"):
             self.add("pipes-data.img", "pipes with bytes in them that nobody has read")
-        if any(plan.files[one.id].type == TERMINAL for one in plan.descriptors) and own_terminal() < 0:
+        has_terminal = any(plan.files[one.id].type == TERMINAL for one in plan.descriptors)
+        if has_terminal and self.needs_terminal and own_terminal() < 0:
             self.add("terminal", "none of lazyd's own standard streams is one, for it to go on with")
 
     def look_at_threads(self, plan: Plan) -> None:

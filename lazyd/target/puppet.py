@@ -412,15 +412,19 @@ def _kernel_parts(pid: int) -> list[Part]:
 
 def find_workshop(taken: Iterable[tuple[int, int]]) -> int:
     """Return where a workshop has room: neither there nor where a stub may be is anything."""
-    lowest = 1 << 16  # vm.mmap_min_addr as it ships
     # The stub is linked where static programs are; stack, vdso and vvar are near the end of user space.
-    stub = [(0x400000, 0x500000), (USER_SPACE_END - (1 << 45), USER_SPACE_END)]
+    return find_gap([*taken, (0x400000, 0x500000), (USER_SPACE_END - (1 << 45), USER_SPACE_END)], WORKSHOP_BYTES)
+
+
+def find_gap(taken: Iterable[tuple[int, int]], length: int) -> int:
+    """Return the lowest address from which on there is nothing; RestoreError if there is none."""
+    lowest = 1 << 16  # vm.mmap_min_addr as it ships
     margin = 256 * PAGE_SIZE  # what grows downwards keeps a gap below it
-    for start, end in sorted([*taken, *stub]):
-        if start - margin >= lowest + WORKSHOP_BYTES:
+    for start, end in sorted([*taken, (USER_SPACE_END, USER_SPACE_END)]):
+        if start - margin >= lowest + length:
             return lowest
         lowest = max(lowest, end)
-    raise RestoreError("the images leave no address space for making the task")
+    raise RestoreError("there is no address space left for making the task")
 
 
 def _stub_code() -> bytes:

@@ -194,7 +194,7 @@ def read_state(task: StoppedTask) -> TaskState:
         if thread.dispatches_system_calls():
             raise DumpError(f"thread {thread.tid} handles its own system calls (prctl); use `criu dump`")
     room = find_room(task)
-    timers = _list_posix_timers(pid)
+    timers = list_timers(pid)
     with RemoteCalls(pid, task.leader, room) as calls:
         leader_answers = _ask_thread(calls)
         answers = _ask_task(calls, pid, timers)
@@ -348,7 +348,7 @@ _NOTIFY = {"signal": 0, "none": 1, "thread": 2}  # SIGEV_*
 _SIGEV_THREAD_ID = 4
 
 
-def _list_posix_timers(pid: int) -> list[PosixTimer]:
+def list_timers(pid: int) -> list[PosixTimer]:
     """Return the timers that /proc lists, their times still open; kernels without checkpoint/restore list none."""
     try:
         text = Path(f"/proc/{pid}/timers").read_text()
