@@ -9,12 +9,12 @@
 #define ACTIVE_NS 1000000U /* a task that faulted within this time gets small chunks of fill */
 #define ACTIVE_FILL_PAGES 12U
 #define IDLE_CHUNK_PAGES 64U
-#define HAND_BACK_REGIONS 8U /* looked at in one round */
+#define HAND_BACK_REGIONS 8U    /* looked at in one round */
 #define SETTLED_IN_NS 10000000U /* a task has to run this long, */
 #define QUIET_NS 2000000U       /* and to leave its layout alone this long, before anything is handed back */
-#define HELP_PAGES 256U      /* less than this is not worth a helper */
-#define CHUNK_COPIES 16U     /* copies in one chunk, however small */
-#define NEAR_PAGES 2048U     /* how far behind a fault the fill looks before it goes on elsewhere */
+#define HELP_PAGES 256U         /* less than this is not worth a helper */
+#define CHUNK_COPIES 16U        /* copies in one chunk, however small */
+#define NEAR_PAGES 2048U        /* how far behind a fault the fill looks before it goes on elsewhere */
 #define RATE_BURST_BYTES (1U << 20)
 #define AHEAD_BYTES (4ULL << 20) /* read in one request, and this far before the fill needs it */
 
@@ -61,8 +61,8 @@ static void hand_back(struct lz_worker *worker, struct lz_task *task, uint32_t n
 	__atomic_store_n(&worker->flight->handing_task, task->number + 1, __ATOMIC_RELEASE);
 	done = !lz_uffd_unregister(task->uffd, start, end - start);
 	LZ_POINT("after-unregister", start);
-	if (done &&
-	    (lz_uffd_settled(task->uffd) < 0 || (!followed && lz_uffd_probe(task->uffd, end, LZ_PAGE_SIZE) == -EFAULT))) {
+	if (done && (lz_uffd_settled(task->uffd) < 0 ||
+		     (!followed && lz_uffd_probe(task->uffd, end, LZ_PAGE_SIZE) == -EFAULT))) {
 		(void)lz_uffd_register(task->uffd, start, end - start);
 		task->handed_back = task->space.regions + 1;
 		done = false;

@@ -59,8 +59,7 @@ static uint32_t contradictions(const struct puzzle *puzzle, const uint8_t *order
 	uint32_t score = 0;
 
 	for (uint32_t p = 0; p < puzzle->points; p++) {
-		enum lz_truth predicted =
-			predict(puzzle->events, order, count, puzzle->point[p], puzzle->before[p]);
+		enum lz_truth predicted = predict(puzzle->events, order, count, puzzle->point[p], puzzle->before[p]);
 
 		score += predicted != LZ_UNKNOWN && truth[p] != LZ_UNKNOWN && predicted != truth[p];
 	}
@@ -74,9 +73,9 @@ static uint32_t collisions(const struct puzzle *puzzle, const uint8_t *order)
 
 	for (uint32_t p = 0; p < puzzle->points; p++) {
 		for (uint32_t i = 0; i < puzzle->moves; i++)
-			found += effect(&puzzle->events[order[i]], puzzle->point[p]) == LZ_REGISTERED &&
-				 predict(puzzle->events, order, i, puzzle->point[p], puzzle->before[p]) ==
-					 LZ_REGISTERED;
+			found +=
+				effect(&puzzle->events[order[i]], puzzle->point[p]) == LZ_REGISTERED &&
+				predict(puzzle->events, order, i, puzzle->point[p], puzzle->before[p]) == LZ_REGISTERED;
 	}
 	return found;
 }
@@ -104,8 +103,7 @@ static void try_orders(struct puzzle *puzzle, uint8_t *order, uint32_t placed, u
 	if (!puzzle->best_score)
 		return;
 	if (placed == puzzle->moves) {
-		uint32_t score =
-			contradictions(puzzle, order, placed, puzzle->now) + collisions(puzzle, order);
+		uint32_t score = contradictions(puzzle, order, placed, puzzle->now) + collisions(puzzle, order);
 
 		if (splits_a_move(puzzle, order))
 			return;

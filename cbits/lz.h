@@ -423,7 +423,8 @@ struct lz_spawn {
 
 /*
  * Make a process with a given pid, an orphan, that waits. It executes the program when a byte is written to *go, which
- * is the caller's to close, and ends when that is closed before. -EEXIST: the pid is taken; -EPERM: it may not be chosen.
+ * is the caller's to close, and ends when that is closed before. -EEXIST: the pid is taken; -EPERM: it may not be
+ * chosen.
  */
 int lz_spawn_stub(const struct lz_spawn *spawn, int *go);
 
