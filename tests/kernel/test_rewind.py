@@ -170,7 +170,7 @@ sys.exit(main())
 def test_lazyd_is_killed_in_the_middle(program, tmp_path):
     """The task goes on as it was, or it is dead: what lives can be rewound, and is right then."""
     lived = died = number = 0
-    step = max(1, 40 // STRESS)
+    step = max(1, 60 // STRESS)
     victim = None
     try:
         while True:
