@@ -17,7 +17,7 @@
 #include <unistd.h>
 
 struct clock {
-	volatile uint64_t last, longest, first; /* first: when it ran first after somebody has set last to 0 */
+	volatile uint64_t last, longest, first; /* first: when it ran first after somebody has set that to 0 */
 	volatile uint64_t rewrite;
 };
 
@@ -51,11 +51,11 @@ int main(int argc, char **argv)
 		return 3;
 	for (uint64_t x = 1;;) {
 		uint64_t at = now(), last = clock->last;
-		if (!last)
-			clock->first = at;
-		else if (at - last > clock->longest)
+		if (last && at - last > clock->longest)
 			clock->longest = at - last;
 		clock->last = at;
+		if (!clock->first) /* asked before the clock: it is never one from before a dump */
+			clock->first = now();
 		while (clock->rewrite) {
 			x = x * 6364136223846793005UL + 1442695040888963407UL;
 			memset(memory + (x >> 16) % (bytes / 4096) * 4096, (int)x, 4096);
