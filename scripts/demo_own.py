@@ -46,6 +46,15 @@ for line in sys.stdin:
 """
 
 
+def find_python() -> str:
+    """Return a Python that has SQLite."""
+    for candidate in ("/usr/bin/python3", os.path.realpath(sys.executable)):
+        with contextlib.suppress(OSError):
+            if not subprocess.run([candidate, "-c", "import sqlite3"], check=False, capture_output=True).returncode:
+                return candidate
+    raise AssertionError("no Python with SQLite; install python3, or use --criu")
+
+
 def value_of(number: int) -> str:
     """Return the value that a row must have: a stream of a hash of its number."""
     return hashlib.shake_128(b"%d" % number).digest(VALUE_BYTES).hex()
@@ -93,9 +102,8 @@ class Demo:
         """Start the program, checkpoint it, and see it gone."""
         began = time.monotonic()
         talk = Talk()
-        command = ["/usr/bin/python3", "-c", PROGRAM, str(self.count), str(VALUE_BYTES)]
+        command = [find_python(), "-c", PROGRAM, str(self.count), str(VALUE_BYTES)]
         null = subprocess.DEVNULL
-        # In a folder that stays: its working directory comes back too.
         process = subprocess.Popen(
             command, stdin=talk.stdin, stdout=talk.stdout, stderr=null, start_new_session=True, cwd="/"
         )

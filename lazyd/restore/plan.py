@@ -150,7 +150,8 @@ class _Reader:
             images=self.directory.path,
             pid=pid,
             has_session=root.sid == pid,
-            has_group=root.pgid == pid,
+            # A job of somebody's terminal stays in our group: it is ours that may read from ours.
+            has_group=root.pgid == pid and not terminals,
             threads=threads,
             mm=mm,
             vmas=self.read_areas(pid, mm, files),

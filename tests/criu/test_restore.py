@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from lazyd.target.tracing import state_of, status_fields, thread_ids
 LAZYD = str(Path(sys.executable).parent / "lazyd")
 HOW = pytest.mark.parametrize("how", ["lazy", "eager"])
 WHOSE = pytest.mark.parametrize("whose", ["lazyd", *harness.SUITES])
+PYTHON_COMMAND = "/usr/bin/python3" if Path("/usr/bin/python3").exists() else os.path.realpath(sys.executable)
 STRESS = max(1, int(os.environ.get("LAZYD_STRESS", "1")))
 
 
@@ -190,7 +192,7 @@ mv unfinished result
 @pytest.mark.parametrize(("whose", "how"), [("lazyd", "lazy"), ("lazyd", "eager"), ("trixie", "lazy"), ("sid", "lazy")])
 def test_real_python(whose, how, start, tmp_path):
     (tmp_path / "program.py").write_text(PYTHON)
-    saved = start("/usr/bin/python3", str(tmp_path / "program.py"), "STATE")
+    saved = start(PYTHON_COMMAND, str(tmp_path / "program.py"), "STATE")
     dump(saved, whose)
     restore(saved, *how_words(how))
     assert verdict(saved) == "ok\n"
@@ -272,7 +274,7 @@ def refused(saved, *words, **more):
 @pytest.fixture
 def sleeper(start):
     """Images of a plain program."""
-    saved = start("/usr/bin/python3", "-c", "import time, os; os.mknod('STATE/ready'); time.sleep(1000)")
+    saved = start(PYTHON_COMMAND, "-c", "import time, os; os.mknod('STATE/ready'); time.sleep(1000)")
     dump(saved, "lazyd")
     return saved
 
@@ -328,7 +330,7 @@ time.sleep(1000)
 
 
 def test_what_is_beyond_a_plain_task_is_listed_whole(suite, start):
-    saved = start("/usr/bin/python3", "-c", BEYOND)
+    saved = start(PYTHON_COMMAND, "-c", BEYOND)
     dump(saved, suite)
     said = refused(saved)
     assert f"task {saved.pid} has what `lazyd restore` cannot bring back:" in said
@@ -406,7 +408,7 @@ while not os.path.exists("{state}/go"):
 print("again", flush=True)
 """
     process = subprocess.Popen(
-        ["/usr/bin/python3", "-c", program],
+        [PYTHON_COMMAND, "-c", program],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -424,6 +426,46 @@ print("again", flush=True)
         (state / "go").touch()
         with os.fdopen(reading, "rb") as pipe:
             assert pipe.read() == b"again\n"
+    finally:
+        harness.reap_group(process.pid)
+
+
+TERMINAL = """
+import os, sys, termios, time, tty
+tty.setcbreak(0)
+os.mknod("STATE/ready")
+while not os.path.exists("STATE/go"):
+    time.sleep(0.005)
+print("quiet" if not termios.tcgetattr(0)[3] & termios.ECHO else "echo", os.isatty(1), flush=True)
+print(sys.stdin.readline().upper(), flush=True)
+"""
+
+
+def test_a_terminal_is_handed_on(tmp_path):
+    """Another terminal takes its place, with the settings that it had."""
+    state = tmp_path / "state"
+    state.mkdir()
+    first, theirs = pty.openpty()
+    command = [PYTHON_COMMAND, "-c", TERMINAL.replace("STATE", str(state))]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    try:
+        harness.wait_until((state / "ready").exists, "the program")
+        saved = harness.Checkpoint("", process.pid, tmp_path / "images", state)
+        process.returncode = 0
+        dump(saved, "lazyd")
+        os.close(first)
+        assert "terminal: none of lazyd's own standard streams is one" in refused(saved)
+        second, theirs = pty.openpty()
+        restore(saved, stdin=theirs)
+        os.close(theirs)
+        (state / "go").touch()
+        os.write(second, b"some words\n")
+        heard = b""
+        while b"SOME WORDS" not in heard:
+            heard += os.read(second, 1000)
+        assert heard.split() == [b"quiet", b"True", b"SOME", b"WORDS"]
+        os.close(second)
     finally:
         harness.reap_group(process.pid)
 
@@ -451,7 +493,7 @@ def test_in_the_background(sleeper, tmp_path):
 def test_the_first_instruction_does_not_wait_for_memory(start, tmp_path):
     """With the fill held back to nothing a task of 200 MiB goes on, and asks for what it needs."""
     (tmp_path / "program.py").write_text(PYTHON)
-    saved = start("/usr/bin/python3", str(tmp_path / "program.py"), "STATE")
+    saved = start(PYTHON_COMMAND, str(tmp_path / "program.py"), "STATE")
     dump(saved, "lazyd")
     with (tmp_path / "out").open("w") as out:
         command = [LAZYD, "restore", "-D", str(saved.images), "--fill", "off", "--no-progress", "-v4"]

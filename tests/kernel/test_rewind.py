@@ -18,6 +18,7 @@ import lazyd.restore.rewind  # noqa: F401  what is forked has it already
 from lazyd.target.tracing import status_fields, thread_ids
 
 SOURCE = Path(__file__).parent.parent / "victims/rewound.c"
+PYTHON = "/usr/bin/python3" if Path("/usr/bin/python3").exists() else os.path.realpath(sys.executable)
 LAZYD = [sys.executable, "-m", "lazyd"]
 
 
@@ -145,6 +146,58 @@ def test_while_its_old_memory_is_freed(start):
     assert victim.rewind()[0] == 0
     victim.check()  # nothing of what was moved aside is left
     assert int(status_fields(victim.pid)["VmSize"].split()[0]) < 64 * 1024 * 3
+
+
+PROGRAM = """
+import array, hashlib, os, threading, time
+words = array.array("Q", range(400_000))
+table = {f"key {number}": str(number) * 3 for number in range(20_000)}
+def digest():
+    found = hashlib.sha256(words)
+    for key, value in table.items():
+        found.update((key + value).encode())
+    return found.hexdigest()
+def work():
+    while True:
+        count[0] += 1
+        time.sleep(0.001)
+count = [0]
+for _ in range(3):
+    threading.Thread(target=work, daemon=True).start()
+before = digest()
+def say(name, text):
+    with open("STATE/unfinished", "w") as file:
+        file.write(text)
+    os.rename("STATE/unfinished", "STATE/" + name)
+say("ready", "")
+while not os.path.exists("STATE/go"):
+    time.sleep(0.001)
+then = count[0]
+while count[0] < then + 10:
+    time.sleep(0.001)
+right = digest() == before and threading.active_count() == 4 and len(os.listdir("/proc/self/task")) == 4
+say("result", "ok\\n" if right else "wrong\\n")
+for number in range(0, len(words), 7):
+    words[number] = 0
+words.extend(range(100_000))
+table.clear()
+for _ in range(2):
+    threading.Thread(target=work, daemon=True).start()
+say("changed", "")
+while True:
+    table[str(time.time())] = [None] * 1000
+    time.sleep(0.001)
+"""
+
+
+def test_a_real_program(start_script):
+    victim = start_script(PROGRAM)
+    victim.check()
+    for _ in range(4 * STRESS):
+        victim.forget()
+        code, said = victim.rewind()
+        assert code == 0, said
+        victim.check()
 
 
 # ---- lazyd is killed ----
@@ -277,7 +330,7 @@ def start_script(tmp_path):
 
     def start(text):
         text = text.replace("STATE", str(tmp_path / "state"))
-        victims.append(Victim("/usr/bin/python3", tmp_path, text, before=["-c"]))
+        victims.append(Victim(PYTHON, tmp_path, text, before=["-c"]))
         return victims[-1]
 
     yield start
