@@ -63,9 +63,9 @@ from lazyd.uffd import (
 from lazyd.units import PAGE_SIZE, human_bytes
 
 SECOND_SIGNAL_S = 5.0
-_CONNECTION, _HANDSHAKE, _ACCEPTED = 0, 1, 2
+_CONNECTION, _HANDSHAKE, _ACCEPTED, _FAILED = range(4)
 """Words shared with the processes after this one: the connection's descriptor, 0 without one; how far it has come;
-the listening descriptor plus 1, once it is not needed any more."""
+the listening descriptor plus 1, once it is not needed any more; 1: the exit code is not 0, whatever follows."""
 ALONE_S = 0.2
 """How long a keeper may take to be replaced by its standby, before the server makes one."""
 SAME_SIGNAL_S = 0.25
@@ -131,7 +131,7 @@ class Session:
         self._end: _End | None = None
         # Not epoll: its state would be shared with, and left behind by, a process that dies (see keeper).
         self._selector = selectors.PollSelector()
-        self._shared = SharedWords(3)
+        self._shared = SharedWords(4)
         self._connection: Connection | None = None
         self._guard: Guard | None = None
         self._alone_since: float | None = None
@@ -268,6 +268,8 @@ class Session:
         """Go on in the place of a process that died; this one is a copy of another in which no thread runs."""
         self._guard = guard
         self._forget()
+        if self._shared[_FAILED] and self._reason is None:
+            self._reason = "something failed before the serving process died"
         for info in self._task_infos():
             if info.status is not TaskStatus.PREPARED and self._tasks.pop(info.image_pid, None) is not None:
                 self._announced.add(info.image_pid)
@@ -288,6 +290,10 @@ class Session:
             self._resume_handshake(listener)
             return self._serve_to_the_end()
         self._is_finished = True
+        if connection := self._shared[_CONNECTION]:  # it died before it had closed it
+            self._shared[_CONNECTION] = 0
+            os.close(connection)
+        self._miss_tasks()
         for number, info in enumerate(self._task_infos()):
             if info.status is TaskStatus.FAILED:  # its notice may have died unread
                 self._fail(f"{self._name(number)}: could not be served to the end")
@@ -473,6 +479,7 @@ class Session:
         """Log a problem and make sure that the exit code says so."""
         self._log.error(reason)
         self._problems.append(reason)
+        self._shared[_FAILED] = 1
         if self._reason is None:
             self._reason = reason
 
@@ -579,16 +586,20 @@ class Session:
         self._log.debug(f"task {pid} (pid {run_pid or 'unknown'} here) is served")
 
     def _restore_finished(self) -> None:
+        # First: a process that goes on in the place of this one takes a connection that is closed for a failure.
+        self._engine.finish_restore()
         self._hang_up()
         self._is_finished = True
         self._moments = self._moments._replace(restored=self._log.elapsed())
-        for pid in self._tasks:
-            # If it runs, it runs on zeros, and nobody here can help it.
-            self._fail(f"{SOCKET_NAME}: the restorer finished without handing over task {pid}")
-        self._engine.finish_restore()
+        self._miss_tasks()
         self._progress.begin()
         self._log.info(f"restore finished: {len(self._announced)} tasks")
         self._look_for_the_end()
+
+    def _miss_tasks(self) -> None:
+        for pid in self._tasks:
+            # If it runs, it runs on zeros, and nobody here can help it.
+            self._fail(f"{SOCKET_NAME}: the restorer finished without handing over task {pid}")
 
     # The engine
 
@@ -783,6 +794,8 @@ class _signals_as_bytes:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # What comes now comes too late: it must not end a process that has nothing left to do but to say so.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_fd)

@@ -11,7 +11,11 @@ import time
 
 import pytest
 from kernel_harness import BASE, PID, STRESS, full, hand_over, memory, sparse, wait_until
-from process_harness import KILLED, is_whole_again, kill_offices
+from process_harness import KILLED, command_name, is_whole_again, kill_offices
+
+from lazyd.restore_socket import Connection, Listener
+from lazyd.session import Session
+from lazyd.uffd import Engine, SharedWords
 
 STEPS = {
     "sweep": ["sweep", "random", "2"],
@@ -121,6 +125,73 @@ def test_a_server_killed_during_the_handshake_is_replaced(stage, cut):
     assert skeleton.wait() == (0, "ok\n"), daemon.output
     skeleton.close()
     assert daemon.wait() == 0, daemon.output
+
+
+def dying_at(step, offices):
+    """Have the first server kill offices, its own the last, when it comes to a step; before and after each is one."""
+    words = SharedWords(1)
+
+    def count():
+        if command_name(os.getpid()) != "lazyd-server":
+            return
+        words[0] = words[0] + 1 if words[0] < step else step + 1
+        if words[0] == step:
+            words[0] = step + 1
+            if "keeper" in offices:
+                os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def surround(owner, name):
+        real = getattr(owner, name)
+
+        def wrapper(*arguments, **more):
+            count()
+            result = real(*arguments, **more)
+            count()
+            return result
+
+        setattr(owner, name, wrapper)
+
+    def prepare():
+        for owner, names in {
+            Connection: ("receive", "_peek", "_receive", "close"),
+            Listener: ("accept", "close", "unlink"),
+            Engine: ("attach", "finish_restore", "start", "resume"),
+            Session: ("_note_connection", "_hang_up", "_restore_finished", "_finish", "_announce"),
+        }.items():
+            for name in names:
+                surround(owner, name)
+
+    return prepare, words
+
+
+@pytest.mark.parametrize("offices", [("server",), ("server", "keeper")], ids="-".join)
+@pytest.mark.parametrize("part", range(3))
+def test_the_server_dies_at_every_step_of_a_handshake(stage, offices, part):
+    """All steps if LAZYD_STRESS is 5 or more; else one in five, others in every part."""
+    other = [full(BASE + (1 << 28), 16)]
+    stage.build({PID: VMAS, PID + 1: other}, zombies=[PID + 2])
+    statistics = stage.folder / "stats.json"
+    child = ["child", *memory(other), "open", "announce", str(PID + 1), "ready", "sweep", "random", "1", "end"]
+    steps = ["connect", *child, *memory(VMAS), "open", "announce", str(PID), "pid", str(-PID - 2), "finish", "hangup"]
+    every = 1 if STRESS >= 5 else 5
+    for step in range(1 + part * every // 3 + part, 200, every * 3):
+        statistics.unlink(missing_ok=True)
+        prepare, words = dying_at(step, offices)
+        daemon = stage.start_daemon("--stats", str(statistics), prepare=prepare)
+        skeleton = stage.start_skeleton(*steps, "sweep", "random", "1")
+        result = skeleton.wait()
+        assert result == (0, "ok\n"), f"step {step}: {result}\n{daemon.output}"
+        skeleton.close()
+        wait_until(lambda daemon=daemon: not daemon.family(), f"the end, step {step}; it said:\n{daemon.output}")
+        daemon.wait()
+        if statistics.exists():  # else it died when all was done and said
+            assert stage.statistics()["exit_code"] == 0, f"step {step}\n{daemon.output}"
+        if words[0] < step:
+            break
+    else:
+        raise AssertionError("a handshake of more steps than that")
+    assert step > 30
 
 
 def test_what_lies_unread_when_the_server_is_killed_is_read_by_the_next(stage):
