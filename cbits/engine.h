@@ -55,6 +55,7 @@ struct lz_task {
 	uint64_t unsettled_ns;                /* its layout was changing: leave it alone until then */
 	uint64_t probe_ns;                    /* when to look whether its memory is still there */
 	uint64_t held_pages;                  /* neither installed nor poisoned: their faults stay blocked */
+	uint64_t event_ns;                    /* when its last layout event was read, or it came */
 	uint64_t watched_ns;                  /* when its unsettled layout was last looked at */
 	struct lz_event event[LZ_BATCH_ROOM]; /* read, not applied yet: see layout.h */
 	uint32_t events;

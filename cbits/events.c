@@ -131,13 +131,17 @@ static enum lz_truth registered(void *context, int child, uint64_t address)
 {
 	const struct question *question = context;
 	struct lz_task *task = question->task;
-	int result;
+	int uffd, result;
 
 	if (child == LZ_BEFORE)
 		return lz_space_find(question->worker->engine->arena, &task->space, address) < 0 ? LZ_UNKNOWN :
 												   LZ_REGISTERED;
-	result = lz_uffd_probe(child < 0 ? task->uffd : task->event[child].uffd, address, LZ_PAGE_SIZE);
-	return result == -EFAULT ? LZ_REGISTERED : result == -ENOENT ? LZ_NOT_REGISTERED : LZ_UNKNOWN;
+	uffd = child < 0 ? task->uffd : task->event[child].uffd;
+	result = lz_uffd_probe(uffd, address, LZ_PAGE_SIZE);
+	if (result == -EFAULT) /* with the page before it in one VMA? */
+		return lz_uffd_probe(uffd, address - LZ_PAGE_SIZE, 2 * LZ_PAGE_SIZE) == -EFAULT ? LZ_UNKNOWN :
+												  LZ_REGISTERED;
+	return result == -ENOENT ? LZ_NOT_REGISTERED : LZ_UNKNOWN;
 }
 
 /* Apply what is ordered, from where that has come to. */
@@ -175,10 +179,7 @@ static void find_order(struct lz_worker *worker, struct lz_task *task)
 {
 	struct question question = { worker, task };
 
-	for (uint32_t i = 0; i < task->events; i++)
-		task->order[i] = (uint8_t)i;
-	if (task->events <= LZ_BATCH)
-		lz_layout_order(task->event, task->events, registered, &question, task->order);
+	lz_layout_order(task->event, task->events, registered, &question, task->order);
 }
 
 void lz_events_apply(struct lz_worker *worker, struct lz_task *task)
@@ -253,7 +254,7 @@ static void keep_event(struct lz_worker *worker, struct lz_task *task, const str
 		return;
 	}
 	if (event.event == UFFD_EVENT_FORK)
-		event.overlapped = task->events && now - task->watched_ns < WATCH_NS;
+		event.overlapped = task->events == 1 && now - task->watched_ns < WATCH_NS;
 	else if (event.event == UFFD_EVENT_REMAP)
 		lz_count(&worker->counters->remaps, 1);
 	else
@@ -266,6 +267,7 @@ static void keep_event(struct lz_worker *worker, struct lz_task *task, const str
 		worker->outstanding++;
 	if (!task->events || now - task->watched_ns < WATCH_NS)
 		task->watched_ns = now;
+	task->event_ns = now;
 	task->event[task->events] = event;
 	__atomic_store_n(&task->events, task->events + 1, __ATOMIC_RELEASE);
 	LZ_POINT("event-kept", message->event);

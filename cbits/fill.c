@@ -9,21 +9,36 @@
 #define ACTIVE_NS 1000000U /* a task that faulted within this time gets small chunks of fill */
 #define ACTIVE_FILL_PAGES 12U
 #define IDLE_CHUNK_PAGES 64U
-#define HAND_BACK_REGIONS 8U /* looked at in one round */
-#define HELP_PAGES 256U      /* less than this is not worth a helper */
-#define CHUNK_COPIES 16U     /* copies in one chunk, however small */
-#define NEAR_PAGES 2048U     /* how far behind a fault the fill looks before it goes on elsewhere */
+#define HAND_BACK_REGIONS 8U    /* looked at in one round */
+#define SETTLED_IN_NS 10000000U /* a task has to run this long, */
+#define QUIET_NS 2000000U       /* and to leave its layout alone this long, before anything is handed back */
+#define HELP_PAGES 256U         /* less than this is not worth a helper */
+#define CHUNK_COPIES 16U        /* copies in one chunk, however small */
+#define NEAR_PAGES 2048U        /* how far behind a fault the fill looks before it goes on elsewhere */
 #define RATE_BURST_BYTES (1U << 20)
 #define AHEAD_BYTES (4ULL << 20) /* read in one request, and this far before the fill needs it */
 
-/* Give a done block back to the kernel. The head of worker.c says why in this order. */
+/* Whether a task has left its layout alone for a while, since it runs. */
+static bool is_quiet(const struct lz_worker *worker, const struct lz_task *task, uint64_t now)
+{
+	const uint64_t start_ns = worker->engine->shared->fill_start_ns;
+
+	return now >= task->event_ns + QUIET_NS && now >= start_ns + SETTLED_IN_NS;
+}
+
+/*
+ * Give a done block back to the kernel. The head of worker.c says why in this order. A VMA that grows in the middle of
+ * it, which no event tells, is cut where it ended, and an mremap of the whole of it fails until the two halves are one
+ * again. So it is done while the task leaves its layout alone, it is looked at for that afterwards, and what a change
+ * has got between is tried once more later.
+ */
 static void hand_back(struct lz_worker *worker, struct lz_task *task, uint32_t number)
 {
 	struct lz_arena *arena = worker->engine->arena;
 	const struct lz_region *region;
 	uint32_t first, regions;
 	uint64_t start, end;
-	bool done;
+	bool done, followed;
 
 	if (task->held_pages || !lz_space_done_block(arena, &task->space, number, &first, &regions) ||
 	    regions == task->space.regions)
@@ -31,11 +46,14 @@ static void hand_back(struct lz_worker *worker, struct lz_task *task, uint32_t n
 	start = lz_space_region(arena, &task->space, first)->start;
 	region = lz_space_region(arena, &task->space, first + regions - 1);
 	end = region->start + BYTES(region->pages);
-	if (lz_uffd_settled(task->uffd) < 0)
+	if (!is_quiet(worker, task, lz_now_ns()) || lz_uffd_settled(task->uffd) < 0) {
+		task->handed_back = task->space.regions + 1;
 		return;
+	}
 	/* A VMA that reaches past what we know would be split. */
+	followed = lz_uffd_probe(task->uffd, end, LZ_PAGE_SIZE) == -EFAULT;
 	if (lz_uffd_probe(task->uffd, start - LZ_PAGE_SIZE, 2 * LZ_PAGE_SIZE) == -EFAULT ||
-	    lz_uffd_probe(task->uffd, end - LZ_PAGE_SIZE, 2 * LZ_PAGE_SIZE) == -EFAULT)
+	    (followed && lz_uffd_probe(task->uffd, end - LZ_PAGE_SIZE, 2 * LZ_PAGE_SIZE) == -EFAULT))
 		return;
 	LZ_POINT("before-unregister", start);
 	worker->flight->handing_start = start;
@@ -43,8 +61,10 @@ static void hand_back(struct lz_worker *worker, struct lz_task *task, uint32_t n
 	__atomic_store_n(&worker->flight->handing_task, task->number + 1, __ATOMIC_RELEASE);
 	done = !lz_uffd_unregister(task->uffd, start, end - start);
 	LZ_POINT("after-unregister", start);
-	if (done && lz_uffd_settled(task->uffd) < 0) {
+	if (done && (lz_uffd_settled(task->uffd) < 0 ||
+		     (!followed && lz_uffd_probe(task->uffd, end, LZ_PAGE_SIZE) == -EFAULT))) {
 		(void)lz_uffd_register(task->uffd, start, end - start);
+		task->handed_back = task->space.regions + 1;
 		done = false;
 	}
 	__atomic_store_n(&worker->flight->handing_task, 0, __ATOMIC_RELEASE);
@@ -115,6 +135,8 @@ static void hand_back_empty(struct lz_worker *worker, struct lz_task *task)
 
 	const bool is_first = !task->handed_back;
 
+	if (is_first)
+		lz_helper_recall(worker, task); /* what it has is still missing */
 	for (uint32_t i = 0; is_first && i < task->space.regions; i++) {
 		struct lz_region *region = LZ_AT(arena, struct lz_region, task->space.regions_offset) + i;
 
@@ -125,9 +147,12 @@ static void hand_back_empty(struct lz_worker *worker, struct lz_task *task)
 		task->handed_back = task->space.regions + 1;
 	/* A few at a time: a fault may be waiting. */
 	for (uint32_t n = 0; n < HAND_BACK_REGIONS && task->handed_back > 1; n++) {
-		task->handed_back--;
-		if (task->handed_back - 1 < task->space.regions)
-			hand_back(worker, task, task->handed_back - 1);
+		uint32_t number = --task->handed_back - 1;
+
+		if (number < task->space.regions)
+			hand_back(worker, task, number);
+		if (task->handed_back > number + 1)
+			break; /* its layout is changing */
 	}
 }
 
@@ -370,7 +395,7 @@ bool lz_fill(struct lz_worker *worker, uint64_t now)
 			continue;
 		if (task->events)
 			continue;
-		if (task->handed_back != 1)
+		if (task->handed_back != 1 && is_quiet(worker, task, now))
 			hand_back_empty(worker, task);
 		if (!full) {
 			if (task->near)

@@ -12,6 +12,13 @@
  * until all of them have been read and the layout is seen settled; and then the kernel itself says (lz_uffd_probe)
  * which of the addresses they name are registered now, in the task and in a forked child, which tells the order.
  * One event alone, the case of every program with one thread, needs no question.
+ *
+ * Not all that the kernel says proves something. A page is never unregistered without an event, so "not registered"
+ * does; but a VMA that grows in place registers pages silently, so a page that is registered and continues the VMA
+ * before it may be new memory where other memory was unmapped. And an mremap goes to a free place only: whatever was
+ * there was unmapped before, also when that is read later. What a program can rely on comes out right by the order of
+ * reading alone: a thread that knows of another one's call, as a child knows of its parent's, starts after that call
+ * has returned, so after its events were read. So that order is left only on proof.
  */
 #ifndef LZ_LAYOUT_H
 #define LZ_LAYOUT_H
@@ -20,7 +27,7 @@
 #include <stdint.h>
 
 #define LZ_BATCH 6U        /* events in one batch whose order is asked for */
-#define LZ_BATCH_ROOM 128U /* as many can be left by a process that died; taken as they were read */
+#define LZ_BATCH_ROOM 128U /* as many can be left by a process that died */
 
 /* An event as it was read, not applied yet. */
 struct lz_event {
@@ -29,8 +36,8 @@ struct lz_event {
 	uint64_t to;    /* UFFD_EVENT_REMAP: where to */
 	uint32_t event; /* UFFD_EVENT_* */
 	int32_t uffd;   /* UFFD_EVENT_FORK: the child's */
-	/* UFFD_EVENT_FORK: the layout was watched without a break since the event before and never seen settled, so
-	 * the fork had happened before the thread that raised that event went on. */
+	/* UFFD_EVENT_FORK: the layout was watched without a break since the one event before and never seen settled,
+	 * so the fork had happened before the thread that raised that event went on. */
 	bool overlapped;
 };
 
@@ -42,7 +49,8 @@ enum lz_truth {
 
 /*
  * Tell whether the page at a run address is registered: now in the task (child < 0), now in the child of the fork
- * with that number in the batch, or before the batch in the task (child LZ_BEFORE).
+ * with that number in the batch, or before the batch in the task (child LZ_BEFORE). Of a page that a VMA may have
+ * grown to, being in one with the page before it, LZ_UNKNOWN.
  */
 #define LZ_BEFORE (-2)
 typedef enum lz_truth lz_truth_function(void *context, int child, uint64_t address);

@@ -406,6 +406,32 @@ int lz_uffd_open(int *through);
  * from 2 on. -ENOENT: this processor has no such part.
  */
 int lz_xstate_part(uint32_t number, uint32_t *offset, uint32_t *size);
+
+/* An open file of ours and the number that it gets in a new process. */
+struct lz_placed_file {
+	int source, target;
+};
+
+/* What a new process is to begin as. files are sorted by target, each target once, and are written to by the child. */
+struct lz_spawn {
+	int pid;
+	int program; /* open; executed without arguments */
+	int new_session, new_group;
+	struct lz_placed_file *files; /* all others are closed */
+	size_t file_count;
+};
+
+/*
+ * Make a process with a given pid, an orphan, that waits. It executes the program when a byte is written to *go, which
+ * is the caller's to close, and ends when that is closed before. -EEXIST: the pid is taken; -EPERM: it may not be
+ * chosen.
+ */
+int lz_spawn_stub(const struct lz_spawn *spawn, int *go);
+
+/* One system call of the list that cbits/stub.S works off. number: -1 ends the list; bit 32: it may fail. */
+struct lz_call {
+	uint64_t number, arguments[6], result;
+};
 /* cffi: end */
 
 /* cffi: memory */

@@ -37,6 +37,7 @@ int lz_task_adopt(struct lz_worker *worker, struct lz_task *task)
 		return -errno;
 	task->backoff_ns = FIRST_BACKOFF_NS;
 	task->empty_ns = lz_now_ns();
+	task->event_ns = task->empty_ns;
 	worker->outstanding += task->events > 0; /* kept by a process that is dead */
 	worker->task[worker->tasks++] = task;
 	return 0;

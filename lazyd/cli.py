@@ -29,7 +29,9 @@ lazyd [lazy-pages] -D DIR [options]   serve the memory of a restore; beside `cri
        lazyd show DIR [--json]               say what is in a directory of images
        lazyd verify DIR                      check a directory of images whole
        lazyd dump --pid PID -D DIR           write images of a process (lazyd dump --help)
-       lazyd pre-dump --pid PID -D DIR       the same, while it goes on, to dump only changes later"""
+       lazyd pre-dump --pid PID -D DIR       the same, while it goes on, to dump only changes later
+       lazyd restore -D DIR                  build a dumped process again and serve it (lazyd restore --help)
+       lazyd rewind --pid PID -D DIR         put a live process back to its own checkpoint"""
 _LAST_STANDARD_STREAM = 2
 _REMOTE = (
     "page_server",
@@ -313,10 +315,12 @@ def _lazy_pages(given: argparse.Namespace) -> int:
 
 
 _DUMPING = ("dump", "pre-dump")
+_RESTORING = ("restore", "rewind")
+_WITH_OWN_OPTIONS = (*_DUMPING, *_RESTORING)
 
 
 class _Verb(Enum):
-    """The first word, and what it starts. Those in _DUMPING have options of their own: see cli_dump."""
+    """The first word, and what it starts. Those that have options of their own are in cli_dump and cli_restore."""
 
     LAZY_PAGES = "lazy-pages"
     SHOW = "show"
@@ -335,6 +339,10 @@ def _run(arguments: Sequence[str]) -> int:
         from lazyd.cli_dump import run  # noqa: PLC0415  see the head of this module
 
         return run(arguments, _spell_out, _Verbosity)
+    if arguments and arguments[0] in _RESTORING:
+        from lazyd import cli_restore  # noqa: PLC0415  see the head of this module
+
+        return cli_restore.run(arguments, _spell_out, _Verbosity, _rate)
     given = parse(arguments)
     if given.version:
         from lazyd.report import version  # noqa: PLC0415
@@ -342,12 +350,12 @@ def _run(arguments: Sequence[str]) -> int:
         _put(f"lazyd {version()}")
         return 0
     word = given.words[0] if given.words else _Verb.LAZY_PAGES.value
-    if word in _DUMPING:
+    if word in _WITH_OWN_OPTIONS:
         raise UsageError(f"lazyd: {word}: it has options of its own, so it comes first: lazyd {word} …")
     try:
         verb = _Verb(word)
     except ValueError:
-        known = ", ".join([*(verb.value for verb in _Verb), *_DUMPING])
+        known = ", ".join([*(verb.value for verb in _Verb), *_WITH_OWN_OPTIONS])
         raise UsageError(f"lazyd: {word}: no such command (there are {known})") from None
     return _VERBS[verb](given)
 

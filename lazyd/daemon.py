@@ -13,13 +13,25 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from types import TracebackType
+from typing import NamedTuple, Protocol
 
 from lazyd.errors import LazydError, SystemCallError
 from lazyd.keeper import Guard, Life, Work, flush, keep
-from lazyd.report import Log, Moments, Outcome, Progress, Show, statistics, summary_lines, write_statistics
+from lazyd.report import (
+    Log,
+    Moments,
+    Outcome,
+    Progress,
+    Show,
+    human_seconds,
+    statistics,
+    summary_lines,
+    write_statistics,
+)
 from lazyd.restore_socket import Listener
 from lazyd.session import Session, Settings, hold_signals
+from lazyd.target import Attached
 from lazyd.uffd import check_permission
 
 
@@ -38,6 +50,8 @@ class Options(NamedTuple):
     is_daemon: bool
     show: Show
     attach: Attach | None = None
+    restore: Restore | None = None
+    """The task is built here, and nobody comes to the socket."""
 
 
 class Attach(NamedTuple):
@@ -47,6 +61,12 @@ class Attach(NamedTuple):
     image_pid: int
     with_children: bool
     drop_pages: bool
+
+
+class Restore(NamedTuple):
+    """How a task is built. `rewinds` is its pid if it is there already and is put back; 0: it is made."""
+
+    rewinds: int = 0
 
 
 class Announcement:
@@ -154,6 +174,10 @@ def _serve(options: Options, log: Log, statistics_path: Path | None) -> int:
     work = options.work.absolute()
     check_permission()
     progress = Progress(log, options.show)
+    if options.restore is not None and options.restore.rewinds:
+        return _serve_rewound(options, options.restore.rewinds, log, progress, statistics_path)
+    if options.restore is not None:
+        return _serve_restored(options, log, progress, statistics_path)
     if options.attach is not None:
         return _serve_attached(options, options.attach, log, progress, statistics_path)
     with Session(options.settings, log, progress) as session, contextlib.ExitStack() as stack:
@@ -198,6 +222,21 @@ def _serve(options: Options, log: Log, statistics_path: Path | None) -> int:
         os._exit(code)
 
 
+class Held(Protocol):
+    """Tasks that wait for somebody who serves them. Given up, they are as they were, or there are none."""
+
+    tasks: list[Attached]
+
+    def release(self) -> None:
+        """Let them run."""
+
+    def __enter__(self) -> Held: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
 def _serve_attached(
     options: Options, attach: Attach, log: Log, progress: Progress, statistics_path: Path | None
 ) -> int:
@@ -205,7 +244,72 @@ def _serve_attached(
     from lazyd.target.attach import attach_all, find_tasks  # noqa: PLC0415  it brings in what others do not wait for
 
     pids = find_tasks(attach.pid, attach.image_pid, with_children=attach.with_children)
-    settings = options.settings._replace(attach=frozenset(pids.values()))
+
+    def hold(session: Session) -> Held:
+        tasks = [(pid, session.expected[image_pid]) for pid, image_pid in pids.items()]
+        return attach_all(tasks, drop_pages=attach.drop_pages)
+
+    said = f"attached to {', '.join(map(str, pids))}"
+    return _serve_held(options, _Serving(frozenset(pids.values()), hold, said), log, progress, statistics_path)
+
+
+def _serve_restored(options: Options, log: Log, progress: Progress, statistics_path: Path | None) -> int:
+    """Build a task again and serve it from its first instruction on."""
+    from lazyd.restore.build import Restored  # noqa: PLC0415  as above
+    from lazyd.restore.memory import Memory  # noqa: PLC0415
+    from lazyd.restore.plan import make_plan  # noqa: PLC0415
+
+    plan = make_plan(options.settings.images)
+
+    def hold(session: Session) -> Held:
+        expected = session.expected[plan.pid]
+        restored = Restored(plan, Memory(expected.extents, expected.sources))
+        if restored.warning:
+            log.warning(restored.warning)
+        return restored
+
+    said = f"restored {plan.pid}"
+    return _serve_held(options, _Serving(frozenset({plan.pid}), hold, said), log, progress, statistics_path)
+
+
+def _serve_rewound(options: Options, pid: int, log: Log, progress: Progress, statistics_path: Path | None) -> int:
+    """Put a task back to its checkpoint and serve it from there on."""
+    from lazyd.errors import RestoreError  # noqa: PLC0415  as above
+    from lazyd.restore.memory import Memory  # noqa: PLC0415
+    from lazyd.restore.plan import make_plan  # noqa: PLC0415
+    from lazyd.restore.rewind import Rewound  # noqa: PLC0415
+
+    plan = make_plan(options.settings.images, needs_terminal=False)
+    if plan.pid != pid:
+        raise RestoreError(f"{plan.images}: images of task {plan.pid}, not of {pid}")
+    held: list[Rewound] = []
+
+    def hold(session: Session) -> Held:
+        expected = session.expected[plan.pid]
+        held.append(Rewound(plan, Memory(expected.extents, expected.sources)))
+        if held[0].warning:
+            log.warning(held[0].warning)
+        return held[0]
+
+    def after() -> None:
+        log.message(f"rewound {pid}; it was stopped for {human_seconds(held[0].stopped_s)}")
+        if left := held[0].sweep():
+            log.warning(left)
+
+    return _serve_held(options, _Serving(frozenset({pid}), hold, "", after), log, progress, statistics_path)
+
+
+class _Serving(NamedTuple):
+    """Whom to serve: tasks by their image pids, how to get hold of them, and what to say and do when they run."""
+
+    image_pids: frozenset[int]
+    hold: Callable[[Session], Held]
+    said: str
+    after: Callable[[], None] | None = None
+
+
+def _serve_held(options: Options, serving: _Serving, log: Log, progress: Progress, statistics_path: Path | None) -> int:
+    settings = options.settings._replace(attach=serving.image_pids)
     with Session(settings, log, progress) as session:
         pidfile = None if options.pidfile is None else options.work.absolute() / options.pidfile
         announcement = Announcement(options._replace(pidfile=pidfile))
@@ -215,16 +319,15 @@ def _serve_attached(
             if ready is None:
                 return 0
         hold_signals()
-        tasks = [(pid, session.expected[image_pid]) for pid, image_pid in pids.items()]
-        with attach_all(tasks, drop_pages=attach.drop_pages) as attachment:
-            session.note_attached(attachment.tasks)
+        with serving.hold(session) as held:
+            session.note_attached(held.tasks)
 
             def serve_life(life: Life, guard: Guard) -> int:
                 outcome = session.run(None, guard) if life is Life.FIRST else session.resume(life, None, guard)
                 return _conclude(outcome, log, statistics_path)
 
             def begun() -> None:
-                attachment.release()
+                held.release()
                 announce()
 
             def announce() -> None:
@@ -233,11 +336,15 @@ def _serve_attached(
                     announcement.write()
                 except LazydError as error:
                     log.error(str(error))
-                log.message(f"attached to {', '.join(map(str, pids))}")
+                if serving.said:
+                    log.message(serving.said)
                 if ready is not None:
                     _leave_terminal(log)
                     os.write(ready, b"\0")
                     os.close(ready)
+                if serving.after is not None:
+                    with contextlib.suppress(Exception):
+                        serving.after()
 
             def succeed(has_begun: bool) -> None:  # noqa: FBT001  that is what it is told
                 if has_begun:

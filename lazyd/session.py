@@ -137,9 +137,13 @@ class Session:
         self._alone_since: float | None = None
         # Before the images: it raises the limit of open files, and a long chain has many of them.
         self._engine = Engine(workers=settings.workers, fill=settings.fill, fill_rate=settings.fill_rate)
+        self._checkpoint: Checkpoint | None = None
+        """Kept open as long as somebody reads the images beside the engine: until what is attached to is."""
         try:
-            with load(settings.images, settings.dialect) as checkpoint:
-                self._prepare(checkpoint)
+            self._checkpoint = load(settings.images, settings.dialect)
+            self._prepare(self._checkpoint)
+            if settings.attach is None:
+                self._close_images()
             self._check_descriptors()
         except BaseException:
             self.close()
@@ -155,6 +159,7 @@ class Session:
 
     def close(self) -> None:
         """Release everything."""
+        self._close_images()
         if self._connection is not None:
             self._connection.close()
         for target in self._targets.values():
@@ -162,6 +167,12 @@ class Session:
         self._targets.clear()
         self._selector.close()
         self._engine.close()
+
+    def _close_images(self) -> None:
+        checkpoint, self._checkpoint = self._checkpoint, None
+        if checkpoint is not None:
+            checkpoint.close()
+        self.expected.clear()
 
     def _prepare(self, checkpoint: Checkpoint) -> None:
         wanted = self._settings.attach
@@ -227,13 +238,16 @@ class Session:
         try:
             for task in checkpoint.tasks:
                 program = directory.read_program(task.pid)
-                self.expected[task.pid] = Expected(task.pid, task.vmas, task.extents.filled_by_restorer(), program)
+                filled = task.extents.filled_by_restorer()
+                sources = [source.fd for source in checkpoint.sources]
+                self.expected[task.pid] = Expected(task.pid, task.vmas, filled, program, task.extents, sources)
         finally:
             directory.close()
 
     def note_attached(self, tasks: Sequence[Attached]) -> None:
         """Take over tasks that are attached to; they are served as soon as this runs."""
         self._to_attach = list(tasks)
+        self._close_images()
         self._moments = self._moments._replace(listening=self._log.elapsed())
         self._log.info(self._loaded)
 

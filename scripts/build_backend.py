@@ -39,8 +39,14 @@ def header_regions(which: str) -> str:
     return "\n".join(found)
 
 
+def build_stub(source: Path, target: Path) -> None:
+    """Link the program that a restored task begins as: static, and with nothing in it but its own instructions."""
+    words = ["gcc", "-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-s"]
+    subprocess.run([*words, "-o", str(target), str(source)], check=True)
+
+
 def generate() -> None:
-    """Write build/cffi/*.c and lazyd/image/pb/*_pb2.py; untouched files keep their time stamps."""
+    """Write build/cffi/*.c, lazyd/image/pb/*_pb2.py and lazyd/target/stub; untouched files keep their time stamps."""
     import cffi  # noqa: PLC0415  a build requirement: absent when only the hook list is asked for
 
     out = ROOT / "build" / "cffi"
@@ -50,6 +56,7 @@ def generate() -> None:
         ffi.cdef(header_regions(region))
         ffi.set_source(module, '#include "lz.h"')
         ffi.emit_c_code(str(out / f"{stem}.c"))
+    build_stub(ROOT / "cbits" / "stub.S", ROOT / "lazyd" / "target" / "stub")
     package = ROOT / "lazyd" / "image" / "pb"
     package.mkdir(exist_ok=True)
     (package / "__init__.py").write_text('"""Generated from images/*.proto by the build."""\n')
@@ -76,7 +83,7 @@ def build_sdist(sdist_directory, config_settings=None):
     # What setuptools does not find by itself; it is told by a file in the top folder, which is there only meanwhile.
     manifest = ROOT / "MANIFEST.in"
     manifest.write_text(
-        "recursive-include cbits *.c *.h\nrecursive-include images *.proto\ninclude scripts/build_backend.py\n"
+        "recursive-include cbits *.c *.h *.S\nrecursive-include images *.proto\ninclude scripts/build_backend.py\n"
     )
     try:
         return _setuptools.build_sdist(sdist_directory, config_settings)

@@ -26,9 +26,9 @@ import stat
 import struct
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from lazyd.image.buildid import build_id_words, read_build_id
 from lazyd.image.encode import Record, SmallImage
 from lazyd.target import xstate
 from lazyd.target.descriptors import Descriptor, DescriptorKind, Owner, Terminal
@@ -102,40 +102,6 @@ class BuildIds:
         return self._found[key]
 
 
-def read_build_id(path: str) -> bytes:
-    """Return what the note NT_GNU_BUILD_ID of a 64-bit ELF file says (elf(5)); empty without one."""
-    try:
-        with Path(path).open("rb") as file:
-            header = file.read(64)
-            if header[:6] != b"\x7fELF\x02\x01" or len(header) < 64:
-                return b""
-            (table,) = struct.unpack_from("<Q", header, 32)
-            size, count = struct.unpack_from("<HH", header, 54)
-            file.seek(table)
-            headers = file.read(size * count)
-            for at in range(0, len(headers) - 55, size or 56):
-                kind, _, offset, _, _, length = struct.unpack_from("<IIQQQQ", headers, at)
-                if kind == 4:  # PT_NOTE
-                    file.seek(offset)
-                    if found := _find_build_id(file.read(min(length, 1 << 16))):
-                        return found
-    except (OSError, struct.error):
-        pass
-    return b""
-
-
-def _find_build_id(notes: bytes) -> bytes:
-    at = 0
-    while at + 12 <= len(notes):
-        name_length, length, kind = struct.unpack_from("<III", notes, at)
-        name = notes[at + 12 : at + 12 + name_length]
-        start = at + 12 + (name_length + 3 & ~3)
-        if kind == 3 and name == b"GNU\0":
-            return notes[start : start + length]
-        at = start + (length + 3 & ~3)
-    return b""
-
-
 class Files:
     """The open files of all tasks together, numbered from 1."""
 
@@ -158,8 +124,7 @@ class Files:
         if stat.S_ISREG(status.st_mode) and flags & os.O_ACCMODE != os.O_WRONLY:
             record["size"] = status.st_size
             if build_id := self._build_ids.of(path, status):
-                padded = build_id + bytes(-len(build_id) % 4)
-                record["build_id"] = struct.unpack(f"<{len(padded) // 4}I", padded)
+                record["build_id"] = build_id_words(build_id)
         return self._add(_TYPE_REGULAR, "reg", record)
 
     def add_path(self, path: str) -> int:

@@ -6,7 +6,7 @@ verify and show are imported by name where they are used: the daemon needs neith
 
 from __future__ import annotations
 
-from lazyd.image.checkpoint import Checkpoint, PagesImage, TaskImage, load
+from lazyd.image.checkpoint import Checkpoint, PagesImage, SharedImages, TaskImage, load, load_shared
 from lazyd.image.directory import Vma
 from lazyd.image.pagemap import Dialect, Extent, ExtentTable, Kind
 
@@ -17,7 +17,9 @@ __all__ = [
     "ExtentTable",
     "Kind",
     "PagesImage",
+    "SharedImages",
     "TaskImage",
     "Vma",
     "load",
+    "load_shared",
 ]

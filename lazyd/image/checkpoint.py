@@ -9,7 +9,7 @@ its problem to `report` and then goes on with what is left.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -97,6 +97,18 @@ class Checkpoint:
         self.close()
 
 
+class SharedImages(NamedTuple):
+    """What objects of shared memory hold, by their id. `sources` are open until close()."""
+
+    tables: dict[int, ExtentTable]
+    sources: list[PagesImage]
+
+    def close(self) -> None:
+        """Close the pages images."""
+        for source in self.sources:
+            os.close(source.fd)
+
+
 class TaskFiles(NamedTuple):
     """A task before its extents are known."""
 
@@ -136,6 +148,11 @@ class Flat(NamedTuple):
 def pagemap_name(pid: int) -> str:
     """Return the name of a task's pagemap image."""
     return f"pagemap-{pid}.img"
+
+
+def shared_name(number: int) -> str:
+    """Return the name of the pagemap image of an object of shared memory."""
+    return f"pagemap-shmem-{number}.img"
 
 
 def check_inventory(directory: ImagesDirectory, level: int, report: Report) -> None:
@@ -332,7 +349,9 @@ def load(path: Path, dialect: str = "auto") -> Checkpoint:
     try:
         images = []
         for task in tasks:
-            extents = ExtentTable.empty() if task.is_zombie else _task_extents(levels, task, chosen, sources)
+            extents = (
+                ExtentTable.empty() if task.is_zombie else _extents(levels, pagemap_name(task.pid), chosen, sources)
+            )
             images.append(TaskImage(*task, extents))
     except BaseException:
         sources.close()
@@ -348,8 +367,29 @@ def load(path: Path, dialect: str = "auto") -> Checkpoint:
     )
 
 
-def _task_extents(levels: list[Level], task: TaskFiles, dialect: Dialect, sources: _Sources) -> ExtentTable:
-    name = pagemap_name(task.pid)
+def load_shared(path: Path, ids: Sequence[int], dialect: str = "auto") -> SharedImages:
+    """Load the objects of shared memory of a checkpoint, with its chain of parents, or raise ImageError.
+
+    `dialect`: see load(). The caller closes it.
+    """
+    names = [shared_name(number) for number in ids]
+    levels = [read_level(directory, names, _stop) for directory in chain.walk_chain(path)] if ids else []
+    for name in names:
+        if name not in levels[0].maps:
+            raise ImageError(path / name, "missing, though the task has shared memory")
+    pagemaps = [found.pagemap for level in levels for found in level.maps.values() if found is not None]
+    chosen, _ = decide_dialect(pagemaps, dialect, has_parent=len(levels) > 1)
+    del pagemaps
+    sources = _Sources(path)
+    try:
+        tables = {number: _extents(levels, shared_name(number), chosen, sources) for number in ids}
+    except BaseException:
+        sources.close()
+        raise
+    return SharedImages(tables, sources.opened)
+
+
+def _extents(levels: list[Level], name: str, dialect: Dialect, sources: _Sources) -> ExtentTable:
     table = flatten(levels, name, dialect, _stop).table
     numbers: dict[int, int] = {}
     for number in table.used_levels(len(levels)):

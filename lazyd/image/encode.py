@@ -33,12 +33,19 @@ class SmallImage(Enum):
     FDINFO = ((COMMON_MAGIC, 0x56213732), _files.FileDescriptor)
     FILES = ((COMMON_MAGIC, 0x56303138), _files.File)
     TTY_INFO = ((COMMON_MAGIC, 0x59453036), _files.Terminal)
+    MEMFD = ((COMMON_MAGIC, 0x48453499), _files.MemoryInode)
+    PIPES_DATA = ((COMMON_MAGIC, 0x56453709), _files.PipeData)
 
     @property
     def magics(self) -> tuple[int, ...]:
         """What the file begins with."""
         magics: tuple[int, ...] = self.value[0]
         return magics
+
+    @property
+    def message(self) -> Any:  # noqa: ANN401  see above
+        """The class of its records."""
+        return self.value[1]
 
     def encode(self, records: Iterable[Record]) -> list[bytes]:
         """Return the bodies of these records."""

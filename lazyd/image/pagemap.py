@@ -12,7 +12,8 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +59,12 @@ class Extent(NamedTuple):
     def end(self) -> ImageAddress:
         """The first address behind the run."""
         return ImageAddress(self.start + self.pages * PAGE_SIZE)
+
+    def part(self, start: int, end: int) -> Extent:
+        """Return what of a dumped run lies in a range that it overlaps."""
+        start, end = max(start, self.start), min(end, self.end)
+        offset = self.offset + start - self.start
+        return self._replace(start=ImageAddress(start), pages=(end - start) // PAGE_SIZE, offset=offset)
 
 
 class Pagemap:
@@ -290,6 +297,18 @@ class ExtentTable:
                 found.append((int(extent.start), int(extent.end)))
             index = lazy.find(0, index + 1)
         return found
+
+    def within(self, ranges: Iterable[tuple[int, int]]) -> Iterator[Extent]:
+        """Yield the dumped runs that lie in any of these ranges, cut to them, in order of address."""
+        done = 0
+        for first, end in sorted(ranges):
+            start = max(first, done)
+            done = max(done, end)
+            index = bisect_right(self, start, key=lambda extent: int(extent.end))
+            while start < end and index < len(self) and (extent := self[index]).start < end:
+                if extent.kind is Kind.DUMPED:
+                    yield extent.part(start, end)
+                index += 1
 
     def _view(self) -> Any:
         return ffi.new("struct lz_table *", {"rows": self._rows, "count": self._count})

@@ -13,8 +13,8 @@ Facts, and what follows:
   CAP_SYS_ADMIN can suspend them (ptrace(2), PTRACE_O_SUSPEND_SECCOMP, with CONFIG_CHECKPOINT_RESTORE); without that
   such a task is refused.
 - The kernel writes a thread's area of rseq(2) whenever it returns to user mode, also from a call that we have it do:
-  in empty memory that makes a page of zeros, which no fault asks for any more. A task whose areas lie in lazy memory is
-  therefore refused.
+  in empty memory that makes a page of zeros, which no fault asks for any more. So pages with such an area are filled
+  from the images while the task is stopped; what the kernel has to say in them it says again when the thread goes on.
 - madvise drops pages that should not be there, before the range is registered: later it would wait for its event.
 """
 
@@ -36,6 +36,7 @@ from lazyd.target.remote import Call, RemoteCalls, find_room
 from lazyd.target.survey import check_is_process
 from lazyd.target.tracing import StoppedTask, state_of, status_fields
 from lazyd.target.userfault import enable_missing, open_userfaultfd, register_missing
+from lazyd.units import PAGE_SIZE
 
 _SYS_MADVISE, _MADV_DONTNEED = 28, 4
 # What a thread is inside of that waits for its child: clone, vfork, clone3.
@@ -56,9 +57,10 @@ class Attachment:
         self._stopped.append(stopped)
         mappings = read_mappings(pid, known)
         _check_program(pid, expected)
-        _check_rseq(stopped, pid, expected)
         check_memory(pid, expected.vmas, mappings)
-        present = find_pages(pid, _empty_ranges(expected))
+        kernel_written = _rseq_pages(stopped, expected.vmas)
+        filled = merge_ranges([*expected.filled, *kernel_written])
+        present = find_pages(pid, _empty_ranges(expected.vmas, filled))
         if present and not drop_pages:
             pages = sum(count for _, _, count in present)
             start, end, _ = present[0]
@@ -66,6 +68,7 @@ class Attachment:
                 f"process {pid}: {pages} pages are there where the images say that it is empty, the first in"
                 f" {start:#x}-{end:#x}; is it restored already? --drop-pages drops them"
             )
+        _fill(pid, kernel_written, expected)
         with _without_filters(stopped, beside):
             if present:
                 _drop(stopped, [(start, end) for start, end, _ in present])
@@ -186,13 +189,24 @@ def _check_program(pid: int, expected: Expected) -> None:
         raise AttachError(f"process {pid} runs another program than task {expected.image_pid}: {what}, not {says}")
 
 
-def _check_rseq(stopped: StoppedTask, pid: int, expected: Expected) -> None:
+def _rseq_pages(stopped: StoppedTask, vmas: Sequence[Vma]) -> list[tuple[int, int]]:
+    """Return the lazy pages that hold an area of rseq(2)."""
+    pages = set()
     for thread in stopped:
-        rseq = thread.rseq()
-        if rseq is not None and any(vma.is_lazy and vma.start <= rseq.address < vma.end for vma in expected.vmas):
-            where = f"process {pid}: the kernel writes to thread {thread.tid}'s area of rseq(2) at {rseq.address:#x}"
-            reason = "which the images call lazy: that cannot be attached to yet; restore it with criu over the socket"
-            raise AttachError(f"{where}, {reason}")
+        if (rseq := thread.rseq()) is not None:
+            pages |= set(range(rseq.address & -PAGE_SIZE, rseq.address + rseq.size, PAGE_SIZE))
+    return [
+        (page, page + PAGE_SIZE) for page in sorted(pages) if any(v.is_lazy and v.start <= page < v.end for v in vmas)
+    ]
+
+
+def _fill(pid: int, pages: Sequence[tuple[int, int]], expected: Expected) -> None:
+    """Fill pages from the images, over whatever the kernel has made of them."""
+    with Path(f"/proc/{pid}/mem").open("r+b", 0) as memory:
+        for extent in expected.extents.within(pages):
+            text = os.pread(expected.sources[extent.source], extent.pages * PAGE_SIZE, extent.offset)
+            if len(text) != extent.pages * PAGE_SIZE or os.pwrite(memory.fileno(), text, extent.start) != len(text):
+                raise AttachError(f"process {pid}: the page at {extent.start:#x} cannot be filled from the images")
 
 
 def check_memory(pid: int, vmas: Sequence[Vma], mappings: Sequence[Mapping]) -> None:
@@ -246,11 +260,22 @@ def _differs(pid: int, vma: Vma, what: str) -> AttachError:
     return AttachError(f"process {pid} is not mapped as the images say: {vma.start:#x}-{vma.end:#x}: {what}")
 
 
-def _empty_ranges(expected: Expected) -> Iterator[tuple[int, int]]:
-    """Yield the lazy ranges, those apart that a restorer fills."""
-    filled = iter([*expected.filled, (1 << 64, 1 << 64)])
+def merge_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the same ranges sorted and disjoint."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _empty_ranges(vmas: Sequence[Vma], present: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield the lazy ranges, those apart that are filled."""
+    filled = iter([*present, (1 << 64, 1 << 64)])
     hole = next(filled)
-    for vma in expected.vmas:
+    for vma in vmas:
         if not vma.is_lazy:
             continue
         at = int(vma.start)

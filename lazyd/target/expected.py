@@ -7,15 +7,21 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lazyd.image.directory import Program, Vma
+from lazyd.image.pagemap import ExtentTable
 
 
 class Expected(NamedTuple):
-    """What the images say of a task's lazy memory. `filled`: ranges in it that a restorer fills itself, sorted."""
+    """What the images say of a task's lazy memory. `filled`: ranges in it that a restorer fills itself, sorted.
+
+    `sources`: descriptors of the pages images that `extents` names.
+    """
 
     image_pid: int
     vmas: Sequence[Vma]
     filled: Sequence[tuple[int, int]]
     program: Program | None
+    extents: ExtentTable
+    sources: Sequence[int]
 
 
 class Attached(NamedTuple):

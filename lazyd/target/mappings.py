@@ -265,9 +265,14 @@ def path_problem(path: str, status: os.stat_result) -> str:
     return "its path leads elsewhere now"
 
 
+def _link(pid: int, area: str) -> str:
+    """Return the path of a mapping's link: its name has no leading zeros, as maps has for low addresses."""
+    return f"/proc/{pid}/map_files/" + "-".join(part.lstrip("0") or "0" for part in area.split("-"))
+
+
 def _read_file(pid: int, area: str) -> tuple[MappedFile, os.stat_result]:
     """Follow the link of a mapping; proc(5): it needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN."""
-    link = f"/proc/{pid}/map_files/" + "-".join(part.lstrip("0") or "0" for part in area.split("-"))
+    link = _link(pid, area)
     mode = os.lstat(link).st_mode
     path = os.readlink(link)  # noqa: PTH115  Path would drop a final slash and cost
     status = os.stat(link)  # noqa: PTH116  the same
@@ -276,7 +281,7 @@ def _read_file(pid: int, area: str) -> tuple[MappedFile, os.stat_result]:
 
 
 def _is_device_zero(pid: int, area: str) -> bool:
-    status = os.stat(f"/proc/{pid}/map_files/{area}")  # noqa: PTH116  as above
+    status = os.stat(_link(pid, area))  # noqa: PTH116  as above
     return stat.S_ISCHR(status.st_mode) and status.st_rdev == _DEVICE_ZERO
 
 

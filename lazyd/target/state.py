@@ -34,7 +34,7 @@ _PR_TSC_ENABLE = 1
 _MEMBARRIER_CMD_GET_REGISTRATIONS = 1 << 9
 _PTRACE_GET_THREAD_AREA = 25
 _FIRST_TLS_ENTRY, _TLS_ENTRIES = 12, 3
-_SIGNALS = [number for number in range(1, 65) if number not in (9, 19)]  # those whose action can be set
+SIGACTION_SIGNALS = [number for number in range(1, 65) if number not in (9, 19)]  # those whose action can be set
 _SIGACTION_BYTES = 32
 _SCHED_DEADLINE = 6
 _USER_CODE_64 = 0x33
@@ -194,7 +194,7 @@ def read_state(task: StoppedTask) -> TaskState:
         if thread.dispatches_system_calls():
             raise DumpError(f"thread {thread.tid} handles its own system calls (prctl); use `criu dump`")
     room = find_room(task)
-    timers = _list_posix_timers(pid)
+    timers = list_timers(pid)
     with RemoteCalls(pid, task.leader, room) as calls:
         leader_answers = _ask_thread(calls)
         answers = _ask_task(calls, pid, timers)
@@ -294,7 +294,7 @@ def _ask_thread(calls: RemoteCalls) -> _Answers:
 
 def _ask_task(calls: RemoteCalls, pid: int, timers: list[PosixTimer]) -> _TaskAnswers:
     at = calls.buffers
-    asked = [Call(_SYS_RT_SIGACTION, (number, 0, at + index * 32, 8)) for index, number in enumerate(_SIGNALS)]
+    asked = [Call(_SYS_RT_SIGACTION, (number, 0, at + index * 32, 8)) for index, number in enumerate(SIGACTION_SIGNALS)]
     at_timers = at + len(asked) * _SIGACTION_BYTES
     asked += [Call(_SYS_GETITIMER, (which, at_timers + which * 32)) for which in range(3)]
     results = calls.run(
@@ -314,7 +314,7 @@ def _ask_task(calls: RemoteCalls, pid: int, timers: list[PosixTimer]) -> _TaskAn
         what = "may not read the time stamp counter" if denies <= 0 else "may not have memory that it writes and runs"
         raise DumpError(f"process {pid} {what} (prctl): no image can hold that")
     actions = []
-    for index in range(len(_SIGNALS)):
+    for index in range(len(SIGACTION_SIGNALS)):
         handler, flags, restorer, mask = struct.unpack_from("4Q", text, index * _SIGACTION_BYTES)
         actions.append(SignalAction(handler, flags, restorer, mask))
     intervals = []
@@ -348,7 +348,7 @@ _NOTIFY = {"signal": 0, "none": 1, "thread": 2}  # SIGEV_*
 _SIGEV_THREAD_ID = 4
 
 
-def _list_posix_timers(pid: int) -> list[PosixTimer]:
+def list_timers(pid: int) -> list[PosixTimer]:
     """Return the timers that /proc lists, their times still open; kernels without checkpoint/restore list none."""
     try:
         text = Path(f"/proc/{pid}/timers").read_text()

@@ -42,7 +42,9 @@ PTRACE_CONT = 7
 PTRACE_DETACH = 17
 PTRACE_SYSCALL = 24
 PTRACE_POKEDATA = 5
+PTRACE_SET_THREAD_AREA = 26
 PTRACE_SETOPTIONS = 0x4200
+PTRACE_GETEVENTMSG = 0x4201
 PTRACE_GETSIGINFO = 0x4202
 PTRACE_GETREGSET = 0x4204
 PTRACE_SETREGSET = 0x4205
@@ -54,8 +56,11 @@ PTRACE_SETSIGMASK = 0x420B
 PTRACE_GET_RSEQ_CONFIGURATION = 0x420F
 PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG = 0x4211
 PTRACE_O_TRACESYSGOOD = 1
+PTRACE_O_TRACECLONE = 1 << 3
+PTRACE_O_TRACEEXEC = 1 << 4
+PTRACE_O_EXITKILL = 1 << 20
 PTRACE_O_SUSPEND_SECCOMP = 1 << 21
-PTRACE_EVENT_STOP = 128
+PTRACE_EVENT_CLONE, PTRACE_EVENT_EXEC, PTRACE_EVENT_STOP = 3, 4, 128
 PTRACE_PEEKSIGINFO_SHARED = 1
 NT_PRSTATUS = 1
 NT_X86_XSTATE = 0x202
@@ -143,10 +148,11 @@ class _Vector(ctypes.Structure):
 class Thread:
     """A thread that this thread of ours traces. In an event stop unless a method says otherwise."""
 
-    def __init__(self, tid: int) -> None:
-        """Seize a thread; it runs on. OSError."""
+    def __init__(self, tid: int, options: int = PTRACE_O_TRACESYSGOOD, *, is_ours: bool = False) -> None:
+        """Seize a thread; it runs on. is_ours: its maker is traced with PTRACE_O_TRACECLONE, so it is too. OSError."""
         self.tid = tid
-        request(PTRACE_SEIZE, tid, 0, PTRACE_O_TRACESYSGOOD)
+        if not is_ours:
+            request(PTRACE_SEIZE, tid, 0, options)
         self.stop_signal = 0
         """It was in a group stop already, by this signal; 0 if it ran."""
         self._registers: Registers | None = None
@@ -198,6 +204,22 @@ class Thread:
         buffer = ctypes.create_string_buffer(text, len(text))
         vector = _Vector(ctypes.addressof(buffer), len(text))
         request(PTRACE_SETREGSET, self.tid, NT_PRSTATUS, ctypes.addressof(vector))
+
+    def write_xstate(self, area: bytes) -> None:
+        """Set the extended state, in the layout and of the length that xstate() returns. OSError."""
+        buffer = ctypes.create_string_buffer(area, len(area))
+        vector = _Vector(ctypes.addressof(buffer), len(area))
+        request(PTRACE_SETREGSET, self.tid, NT_X86_XSTATE, ctypes.addressof(vector))
+
+    def write_segment(self, number: int, segment: bytes) -> None:
+        """Set one of the entries of set_thread_area(2), a struct user_desc."""
+        request(PTRACE_SET_THREAD_AREA, self.tid, number, ctypes.addressof(ctypes.create_string_buffer(segment, 16)))
+
+    def new_thread(self) -> int:
+        """Return whom a thread has made that stopped with PTRACE_EVENT_CLONE."""
+        tid = ctypes.c_ulong()
+        request(PTRACE_GETEVENTMSG, self.tid, 0, ctypes.addressof(tid))
+        return tid.value
 
     def xstate(self) -> bytes:
         """Return the extended state, in the XSAVE layout that is not compacted (Intel's manual, 13.4)."""

@@ -34,13 +34,18 @@ def open_userfaultfd(task: StoppedTask, flags: int) -> int:
         if fd < 0:
             hint = "the task may not open one; as root set vm.unprivileged_userfaultfd to 1"
             raise SystemCallError("userfaultfd", -fd, path=f"process {task.pid}", hint=hint)
-        pidfd = os.pidfd_open(task.pid)
-        try:
-            return take_descriptor(pidfd, fd)
-        except OSError as error:
-            raise SystemCallError("pidfd_getfd", error.errno or 0, path=f"process {task.pid}") from error
-        finally:
-            os.close(pidfd)
+        return take_userfaultfd(task.pid, fd)
+
+
+def take_userfaultfd(pid: int, fd: int) -> int:
+    """Return a descriptor of ours for one that a task has open. SystemCallError."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        return take_descriptor(pidfd, fd)
+    except OSError as error:
+        raise SystemCallError("pidfd_getfd", error.errno or 0, path=f"process {pid}") from error
+    finally:
+        os.close(pidfd)
 
 
 def enable_missing(uffd: int, pid: int) -> None:

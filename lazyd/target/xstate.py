@@ -49,8 +49,16 @@ def parse(area: bytes) -> ExtendedState:
     return ExtendedState(legacy, in_use, parts)
 
 
-def _part(bit: int) -> tuple[int, int]:
+def part_place(bit: int) -> tuple[int, int]:
+    """Return offset and size of a part; LookupError if this processor has none."""
     offset, size = ffi.new("uint32_t *"), ffi.new("uint32_t *")
     if lib.lz_xstate_part(bit, offset, size):
-        raise DumpError(f"this processor does not say where part {bit} of its extended state is")
+        raise LookupError(bit)
     return offset[0], size[0]
+
+
+def _part(bit: int) -> tuple[int, int]:
+    try:
+        return part_place(bit)
+    except LookupError:
+        raise DumpError(f"this processor does not say where part {bit} of its extended state is") from None

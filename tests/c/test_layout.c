@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * The order of layout events against a model of the kernel: a few pages with contents that move about, changes made
- * one after the other, and events read in an order in which two neighbours have passed each other. Applying the
- * events in the order found must give the contents that the changes gave, in the task and in every forked child.
+ * one after the other, and events read in an order in which two neighbours have passed each other. VMAs may have
+ * grown, before and in between, which no event tells. Applying the events in the order found must give the contents
+ * that the changes gave, in the task and in every forked child.
  */
 #include "../../cbits/layout.h"
 
@@ -18,8 +19,11 @@
 #define ZEROS 200
 #define LEFT 1 /* in an event's uffd field, unused there: an mremap that leaves its old place mapped */
 
+#define GROWN 201 /* as ZEROS, in memory that nobody has told us of */
+
 struct world {
 	uint8_t content[PAGES]; /* 0: not registered; else whose page it is; ZEROS: dropped, or left by DONTUNMAP */
+	bool joined[PAGES + 1]; /* in one VMA with the page before */
 };
 
 struct kernel {
@@ -35,12 +39,18 @@ static void change(struct world *world, const struct lz_event *event)
 	case UFFD_EVENT_REMAP:
 		for (uint64_t p = first; p < end; p++)
 			world->content[p] = event->uffd == LEFT ? ZEROS : 0;
-		for (uint64_t p = first; p < end; p++)
+		for (uint64_t p = first; p < end; p++) {
 			world->content[to + p - first] = old.content[p];
+			world->joined[to + p - first] = p > first && old.joined[p];
+		}
+		world->joined[to + end - first] = false;
 		break;
 	case UFFD_EVENT_UNMAP:
-		for (uint64_t p = first; p < end; p++)
+		for (uint64_t p = first; p < end; p++) {
 			world->content[p] = 0;
+			world->joined[p] = false;
+		}
+		world->joined[end] = false;
 		break;
 	case UFFD_EVENT_REMOVE:
 		for (uint64_t p = first; p < end; p++)
@@ -60,8 +70,19 @@ static enum lz_truth truth(void *context, int child, uint64_t address)
 							 &kernel->child[child];
 
 	if (child == LZ_BEFORE)
-		return world->content[address / PAGE] ? LZ_REGISTERED : LZ_UNKNOWN;
-	return world->content[address / PAGE] ? LZ_REGISTERED : LZ_NOT_REGISTERED;
+		return world->content[address / PAGE] % GROWN ? LZ_REGISTERED : LZ_UNKNOWN;
+	if (!world->content[address / PAGE])
+		return LZ_NOT_REGISTERED;
+	return world->joined[address / PAGE] ? LZ_UNKNOWN : LZ_REGISTERED;
+}
+
+/* A VMA grows in place by a page, where there is room for it. */
+static void grow(struct world *world, uint64_t page)
+{
+	if (world->content[page] && !world->content[page + 1]) {
+		world->content[page + 1] = GROWN;
+		world->joined[page + 1] = true;
+	}
 }
 
 static uint32_t dice(uint32_t sides)
@@ -106,7 +127,7 @@ static bool draw(const struct world *world, struct lz_event *event, bool may_dro
 static bool same(const struct world *one, const struct world *other)
 {
 	for (uint32_t p = 0; p < PAGES; p++)
-		if (one->content[p] % ZEROS != other->content[p] % ZEROS)
+		if (one->content[p] % GROWN % ZEROS != other->content[p] % GROWN % ZEROS)
 			return false;
 	return true;
 }
@@ -119,14 +140,23 @@ static int one_case(void)
 	uint32_t wanted = 2 + dice(EVENTS - 1), count = 0, passed;
 	uint8_t order[LZ_BATCH], at[LZ_BATCH];
 	bool call[LZ_BATCH] = { false }; /* the second event of one system call */
+	bool grew[LZ_BATCH] = { false }; /* before it */
 	bool both, passes = dice(4);
 
-	for (uint32_t p = 0; p < PAGES; p++)
+	for (uint32_t p = 0; p < PAGES; p++) {
 		kernel.before.content[p] = (uint8_t)(dice(3) ? p + 1 : 0);
+		kernel.before.joined[p] = p && kernel.before.content[p] && kernel.before.content[p - 1] && dice(2);
+	}
+	kernel.before.joined[PAGES] = false;
+	for (uint32_t n = dice(3); n-- > 0;)
+		grow(&kernel.before, dice(PAGES - 1));
 	kernel.now = kernel.before;
 	while (count < wanted) {
 		if (count + 2 > LZ_BATCH || !draw(&kernel.now, &made[count], true))
 			return 0;
+		grew[count] = !dice(4);
+		if (grew[count])
+			grow(&kernel.now, dice(PAGES - 1));
 		child_of[count] = kernel.now;
 		change(&kernel.now, &made[count]);
 		at[count] = (uint8_t)count;
@@ -182,7 +212,8 @@ int main(void)
 		disturbed += result == -2;
 	}
 	printf("layout: %u orders found, %u hidden, %u disturbed\n", right, hidden, disturbed);
-	/* What was read in order stays in order. Of what was not, nearly all is found; hidden is a page that was left
-	 * and entered again within one batch. */
-	return disturbed || right < 10000 || hidden * 200 > right;
+	/* What was read in order stays in order, but where a VMA shrinks, grows again and loses what was before, all in
+	 * one batch. Of what was not, most is found; hidden is a page that was left and entered again within one batch,
+	 * and the end of a VMA that is unmapped while a thread forks, which cannot know of it. */
+	return disturbed * 100000ULL > right || right < 10000 || hidden * 20ULL > right;
 }

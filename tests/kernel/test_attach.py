@@ -156,7 +156,7 @@ def expected_of(images):
     """What the images expect of the victim."""
     with load(images) as checkpoint:
         (task,) = checkpoint.tasks
-        return Expected(task.pid, task.vmas, task.extents.filled_by_restorer(), None)
+        return Expected(task.pid, task.vmas, task.extents.filled_by_restorer(), None, task.extents, ())
 
 
 @pytest.mark.parametrize("kinds", [["registers", "calls", "handler"], ["nanosleep", "futex", "sigsuspend", "poll"]])
@@ -479,21 +479,6 @@ def test_another_program(start, images):
     assert victim.finish() == "ok\n"
 
 
-def test_an_area_of_rseq_in_lazy_memory(start, images):
-    """The kernel writes there by itself: such a page would never be asked for."""
-    victim = start("registers", "lazy")
-    expected = expected_of(images)
-    with tracing.StoppedTask(victim.pid) as task:
-        address = task.leader.rseq().address
-    lines = Path(f"/proc/{victim.pid}/maps").read_text().splitlines()
-    ranges = [[int(part, 16) for part in line.split()[0].split("-")] for line in lines]
-    start_, end = next(one for one in ranges if one[0] <= address < one[1])
-    vma = expected.vmas[0]._replace(start=start_, end=end)
-    with pytest.raises(AttachError, match=r"rseq\(2\) at 0x[0-9a-f]+, which the images call lazy"):
-        attach_all([(victim.pid, expected._replace(vmas=[*expected.vmas, vma]))], drop_pages=False)
-    assert victim.finish() == "ok\n"
-
-
 # ---- lazyd is killed ----
 
 DYING = """
@@ -515,7 +500,7 @@ os.pwrite = counted(os.pwrite)
 fcntl.ioctl = counted(fcntl.ioctl)
 with load(images) as checkpoint:
     (task,) = checkpoint.tasks
-    expected = Expected(task.pid, task.vmas, task.extents.filled_by_restorer(), None)
+    expected = Expected(task.pid, task.vmas, task.extents.filled_by_restorer(), None, task.extents, ())
     attach.attach_all([(pid, expected)], drop_pages=False).close()
 print(next(numbers) - 1)
 """

@@ -14,13 +14,21 @@ ROOT = Path(lazyd.__file__).parent
 LEVELS = [
     {"__main__"},
     {"cli"},
-    {"cli_dump", "daemon"},
+    {"cli_dump", "cli_restore", "daemon"},
     {"session"},
-    {"keeper", "uffd", "source", "target", "dump", "report", "restore_socket", "net"},
+    {"keeper", "uffd", "source", "target", "dump", "restore", "report", "restore_socket", "net"},
     {"image", "wire"},
     {"units", "errors"},
 ]
-ACROSS = {("dump", "report"), ("dump", "target"), ("keeper", "uffd"), ("report", "uffd"), ("units", "errors")}
+ACROSS = {
+    ("cli_restore", "daemon"),
+    ("dump", "report"),
+    ("dump", "target"),
+    ("keeper", "uffd"),
+    ("report", "uffd"),
+    ("restore", "target"),
+    ("units", "errors"),
+}
 ONLY_IMPORTERS = {
     "lazyd.uffd._engine": {"uffd"},
     "lazyd.image._pagemap": {"image"},

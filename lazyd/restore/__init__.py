@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Build a task again from its images, without CRIU."""

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: MIT
+"""A live task beside its own checkpoint: what keeps it from being rewound, and what of it may stay.
+
+What a rewind cannot undo is refused, in one line, before anything is changed: another program, other credentials,
+children, other descriptors. Positions in files are put back; what was written to files is not.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lazyd.errors import RestoreError
+from lazyd.restore.plan import PIPE, REGULAR, TERMINAL, Plan, Thread, mask
+from lazyd.restore.vma import Area, Kind
+from lazyd.target.descriptors import Descriptor, DescriptorKind, read_descriptors
+from lazyd.target.mappings import read_mappings
+from lazyd.target.process import children, namespace_pids, stat_fields
+from lazyd.target.survey import check_is_process
+from lazyd.target.tracing import status_fields, thread_ids
+
+_COMPARED_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_SYNC | os.O_DIRECT
+_KINDS = {REGULAR: DescriptorKind.FILE, PIPE: DescriptorKind.PIPE, TERMINAL: DescriptorKind.TERMINAL}
+_MAPS_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (...)([ps]) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+)\s*(.*)")
+_KERNEL_NAMES = {"[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]"}
+
+
+class Live(NamedTuple):
+    """A mapping as /proc/PID/maps has it, which costs nothing to read; smaps looks at every page."""
+
+    start: int
+    end: int
+    prot: int
+    is_shared: bool
+    offset: int
+    device: int
+    inode: int
+    name: str
+
+    @property
+    def is_private_memory(self) -> bool:
+        """Say whether it is anonymous and the task's own."""
+        return not (self.is_shared or self.inode or self.name in _KERNEL_NAMES)
+
+
+def read_live(pid: int) -> list[Live]:
+    """Return the mappings of a task, sorted."""
+    found = []
+    for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+        if match := _MAPS_LINE.fullmatch(line):
+            prot = sum(bit for letter, bit in (("r", 1), ("w", 2), ("x", 4)) if letter in match[3])
+            device = os.makedev(int(match[6], 16), int(match[7], 16))
+            start, end, offset = int(match[1], 16), int(match[2], 16), int(match[5], 16)
+            found.append(Live(start, end, prot, match[4] == "s", offset, device, int(match[8]), match[9]))
+    return found
+
+
+def check_before(plan: Plan, pid: int) -> None:
+    """See, while it runs, that a task can be rewound, as far as that can be seen without stopping it."""
+    check_is_process(pid)
+    pids = namespace_pids(pid)
+    if len(pids) > 1:
+        raise RestoreError(f"process {pid} is in another pid namespace; it cannot be rewound from here")
+    if pid != plan.pid:
+        raise RestoreError(f"{plan.images}: images of task {plan.pid}, not of {pid}")
+    for mapping in read_mappings(pid):
+        if mapping.problem:
+            raise RestoreError(f"process {pid}: {mapping} is {mapping.problem}: it cannot be rewound")
+
+
+def check_stopped(plan: Plan) -> list[Descriptor]:
+    """See, once it is stopped, that a task is what the images are of and has nothing that stays. Its descriptors."""
+    pid = plan.pid
+    stat = stat_fields(pid)
+    # proc(5): 26 startcode, 28 startstack
+    if (int(stat[26 - 3]), int(stat[28 - 3])) != (plan.mm.mm_start_code, plan.mm.mm_start_stack):
+        raise RestoreError(f"process {pid} runs another program than the one that was dumped")
+    if found := children(pid):
+        raise RestoreError(f"process {pid} has children, which would stay: {', '.join(map(str, found))}")
+    tids = set(thread_ids(pid))
+    for thread in plan.threads:
+        if thread.tid in tids:
+            _check_credentials(thread)
+        elif os.path.exists(f"/proc/{thread.tid}"):  # noqa: PTH110  quick
+            raise RestoreError(f"thread {thread.tid} is gone, and its id is taken by another process or thread")
+    leader = plan.threads[0]
+    for tid in tids - {thread.tid for thread in plan.threads}:
+        _check_credentials(Thread(tid, leader.core))  # or it could leave nothing but what the others may see
+    descriptors = read_descriptors(pid)
+    _check_descriptors(plan, descriptors)
+    return descriptors
+
+
+def _check_credentials(thread: Thread) -> None:
+    status = status_fields(thread.tid)
+    creds = thread.core.thread_core.creds
+    what = {
+        "Uid": (creds.uid, creds.euid, creds.suid, creds.fsuid),
+        "Gid": (creds.gid, creds.egid, creds.sgid, creds.fsgid),
+        "Groups": tuple(creds.groups),
+    }
+    other = [name for name, ids in what.items() if tuple(map(int, status[name].split())) != ids]
+    sets = {"CapInh": creds.cap_inh, "CapPrm": creds.cap_prm, "CapEff": creds.cap_eff, "CapBnd": creds.cap_bnd}
+    other += [
+        name for name, words in (sets | {"CapAmb": creds.cap_amb}).items() if int(status[name], 16) != mask(words)
+    ]
+    if int(status.get("NoNewPrivs", "0")) != creds.no_new_privs:
+        other.append("NoNewPrivs")
+    if status.get("Seccomp", "0") != "0":
+        other.append("Seccomp")
+    if other:
+        raise RestoreError(f"thread {thread.tid} has other credentials than when it was dumped: {', '.join(other)}")
+
+
+def _check_descriptors(plan: Plan, descriptors: Sequence[Descriptor]) -> None:
+    then = {one.fd: one for one in plan.descriptors}
+    now = {one.fd: one for one in descriptors}
+    problems = [f"{fd} is closed" for fd in sorted(then.keys() - now.keys())]
+    problems += [f"{fd} is new ({now[fd].path})" for fd in sorted(now.keys() - then.keys())]
+    owners: dict[int, int] = {}
+    for fd in sorted(then.keys() & now.keys()):
+        file, one = plan.files[then[fd].id], now[fd]
+        owner = owners.setdefault(then[fd].id, fd)
+        if _KINDS.get(file.type) is not one.kind:
+            problems.append(f"{fd} is another kind of file ({one.path})")
+        elif file.type == REGULAR and file.reg.name != one.path:
+            problems.append(f"{fd} was {file.reg.name}, is {one.path}")
+        elif file.type == REGULAR and (file.reg.flags ^ one.flags) & _COMPARED_FLAGS:
+            problems.append(f"{fd} ({one.path}) has other flags")
+        elif bool(then[fd].flags & 1) != one.close_on_exec:
+            problems.append(f"{fd} ({one.path}) is another at exec")
+        elif one.same_as != owner:
+            problems.append(f"{fd} ({one.path}) shares its open file with others than before")
+    if problems:
+        raise RestoreError(f"process {plan.pid} has other descriptors than when it was dumped: {'; '.join(problems)}")
+
+
+class Staying(NamedTuple):
+    """Areas of the images that are mapped as they were: only their pages, and perhaps their protection, differ."""
+
+    areas: list[Area]
+    protect: list[Area]
+
+
+def find_staying(plan: Plan, mappings: Sequence[Live]) -> Staying:
+    """Find the areas of files and shared memory that a task still has where the images have them."""
+    areas, protect = [], []
+    inodes: dict[int, set[tuple[int, int]]] = {}
+    whole: dict[int, bool] = {}
+    found: dict[Area, list[Live]] = {}
+    for area in plan.vmas:
+        if area.kind not in (Kind.PRIVATE_FILE, Kind.SHARED_FILE, Kind.SHARED):
+            continue
+        found[area] = pieces = _cover(area, mappings)
+        if area.kind is Kind.SHARED:
+            whole[area.shared_id] = whole.get(area.shared_id, True) and bool(pieces)
+            inodes.setdefault(area.shared_id, set()).update((piece.device, piece.inode) for piece in pieces)
+        elif pieces and not _is_file(plan, area, pieces):
+            pieces.clear()
+    for area, pieces in found.items():
+        is_there = bool(pieces)
+        if area.kind is Kind.SHARED:  # all of an object, or none of it
+            is_there = whole[area.shared_id] and len(inodes[area.shared_id]) == 1
+        if is_there:
+            areas.append(area)
+            if any(piece.prot != area.prot & 7 for piece in pieces):
+                protect.append(area)
+    return Staying(areas, protect)
+
+
+def _cover(area: Area, mappings: Sequence[Live]) -> list[Live]:
+    """Return the mappings that cover an area as one mapping of one file would; none if they do not."""
+    found = []
+    at = area.start
+    for piece in mappings:
+        if piece.end <= at:
+            continue
+        if piece.start > at or at >= area.end:
+            break
+        is_shared = area.kind is not Kind.PRIVATE_FILE
+        if not piece.inode or piece.is_shared != is_shared:
+            return []
+        if piece.offset + at - piece.start != area.offset + at - area.start:
+            return []
+        found.append(piece)
+        at = piece.end
+    return found if at >= area.end else []
+
+
+def _is_file(plan: Plan, area: Area, pieces: Sequence[Live]) -> bool:
+    """Say whether mappings are of the file that the images name, not of another that has taken its path."""
+    path = str(plan.files[area.file].reg.name)
+    return all(piece.name == path and piece.inode == pieces[0].inode for piece in pieces)

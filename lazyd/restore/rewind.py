@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: MIT
+"""Put a live task back to its own checkpoint, in place.
+
+Facts, and what follows:
+
+- What the task was is gone with the first thing that is undone. So all that may be refused is looked at first; from
+  then on the task dies with us (PTRACE_O_EXITKILL), and is ended if anything fails: it is never half rewound.
+- The kernel writes into areas of rseq(2) whenever it returns to the task, and kills it where it cannot: they are
+  unregistered before their memory goes.
+- Freeing memory takes time for each page: 256 MiB cost more than all else together. mremap(2) moves whole tables of
+  pages where both addresses are alike below 2 MiB. So large private mappings are moved aside, and dropped slice by
+  slice when the task runs again. A child does not get them (MADV_DONTFORK). Their addresses are such that after an
+  exec only MAP_FIXED could be there: before each slice it is seen that they are there still, in the same program.
+- A mapping of a file or of shared memory that is still there stays, and loses what the task wrote to it: for that, no
+  file has to be opened with the rights that the task has left.
+- A thread that is made again needs its id (clone3, set_tid), and so a task that may choose ids.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import NamedTuple
+
+from lazyd.errors import DumpError, LazydError, RestoreError, SystemCallError
+from lazyd.image import Kind, load_shared
+from lazyd.restore import memory as memories
+from lazyd.restore.build import dress, make_threads, open_userfaultfd
+from lazyd.restore.live import Live, Staying, check_before, check_stopped, find_staying, read_live
+from lazyd.restore.memory import Memory, Opened
+from lazyd.restore.plan import REGULAR, Plan
+from lazyd.restore.vma import Area
+from lazyd.restore.vma import Kind as AreaKind
+from lazyd.target import Attached
+from lazyd.target.descriptors import take_descriptor
+from lazyd.target.process import stat_fields
+from lazyd.target.puppet import WORKSHOP_BYTES, Puppet, Step, find_gap, find_workshop
+from lazyd.target.remote import Call, RemoteCalls, find_room
+from lazyd.target.state import list_timers
+from lazyd.target.tracing import StoppedTask
+from lazyd.units import PAGE_SIZE
+
+# arch/x86/entry/syscalls/syscall_64.tbl
+_SYS_OPEN, _SYS_CLOSE, _SYS_LSEEK, _SYS_MPROTECT, _SYS_MUNMAP, _SYS_MREMAP, _SYS_MADVISE = 2, 3, 8, 10, 11, 25, 28
+_SYS_SETITIMER, _SYS_RT_SIGTIMEDWAIT, _SYS_TIMER_DELETE, _SYS_MEMFD_CREATE, _SYS_RSEQ = 38, 128, 226, 319, 334
+_RSEQ_FLAG_UNREGISTER, _MFD_CLOEXEC = 1, 1
+_MREMAP_MAYMOVE_FIXED, _MADV_DONTFORK, _MADV_DONTNEED_LOCKED = 3, 10, 24
+_FALLOC_KEEP_SIZE_PUNCH_HOLE = 3
+_ALL_SIGNALS = bytes([0xFF] * 8)
+_TABLE_BYTES = 2 << 20  # what one table of pages covers
+_SLICE_BYTES = 16 << 20
+_PAUSE_S = 0.002
+
+
+class _Slice(NamedTuple):
+    start: int
+    end: int
+
+
+class Rewound:
+    """A task that is back at its checkpoint and does not run yet. As a context manager it ends what is not released."""
+
+    def __init__(self, plan: Plan, memory: Memory) -> None:
+        """Stop a task and rewind it. LazydError: it is refused and goes on, or (said so) it failed and is ended."""
+        self.tasks: list[Attached] = []
+        self.warning = ""
+        self.stopped_s = 0.0
+        """How long it did not run: known once it does."""
+        self._plan = plan
+        self._memory = memory
+        self._puppet: Puppet | None = None
+        self._aside: list[_Slice] = []
+        check_before(plan, plan.pid)
+        memories.check_vdso(plan, memory)
+        self._program = _program(plan.pid)
+        self._began = time.monotonic()
+        with StoppedTask(plan.pid) as stopped:
+            check_stopped(plan)
+            timers = [timer.number for timer in list_timers(plan.pid)]
+            live = read_live(plan.pid)
+            ranges = [(one.start, one.end) for one in live] + [(area.start, area.end) for area in plan.vmas]
+            workshop = find_workshop(ranges)
+            self._puppet = Puppet.take_over(stopped, workshop)
+            ranges.append((workshop, workshop + WORKSHOP_BYTES))
+            try:
+                self._rewind(self._puppet, live, ranges, timers)
+            except BaseException as error:
+                self.close()
+                if isinstance(error, OSError):
+                    reason = os.strerror(error.errno or 0)
+                elif isinstance(error, LazydError):
+                    reason = str(error)
+                else:
+                    raise
+                raise RestoreError(f"process {plan.pid} was ended: half way back, {reason}") from error
+
+    def _rewind(
+        self, puppet: Puppet, live: Sequence[Live], ranges: list[tuple[int, int]], timers: Sequence[int]
+    ) -> None:
+        plan = self._plan
+        staying = find_staying(plan, live)
+        self._forget_signals(puppet, timers)
+        self._end_threads(puppet)
+        self._move_aside(puppet, live, ranges)
+        kept = [(area.start, area.end) for area in staying.areas]
+        puppet.clear(keep=[*kept, *self._aside])
+        self._map(puppet, staying)
+        make_threads(plan, puppet)
+        uffd = open_userfaultfd(puppet)
+        self.tasks.append(Attached(plan.pid, plan.pid, uffd))
+        self._seek(puppet)
+        self.warning = dress(plan, puppet, uffd, with_credentials=False)
+
+    @staticmethod
+    def _forget_signals(puppet: Puppet, timers: Sequence[int]) -> None:
+        """Disarm all timers, then take all signals from their queues."""
+        steps = [Step("timer_delete", _SYS_TIMER_DELETE, (number,), may_fail=True) for number in timers]
+        steps += [Step("setitimer", _SYS_SETITIMER, (which, bytes(32), 0)) for which in range(3)]
+        puppet.run(steps)
+        for tid, thread in puppet.threads.items():
+            count = len(thread.pending_signals(shared=False))
+            if tid == puppet.pid:
+                count += len(thread.pending_signals(shared=True))
+            wait = Step("rt_sigtimedwait", _SYS_RT_SIGTIMEDWAIT, (_ALL_SIGNALS, 0, bytes(16), 8), may_fail=True)
+            steps = [wait] * count
+            if (rseq := thread.rseq()) is not None:
+                arguments = (rseq.address, rseq.size, _RSEQ_FLAG_UNREGISTER, rseq.signature)
+                steps.append(Step("rseq", _SYS_RSEQ, arguments))
+            puppet.run(steps, tid)
+
+    def _end_threads(self, puppet: Puppet) -> None:
+        wanted = {thread.tid for thread in self._plan.threads}
+        for tid in [tid for tid in puppet.threads if tid not in wanted]:
+            puppet.end_thread(tid)
+
+    def _move_aside(self, puppet: Puppet, live: Sequence[Live], ranges: Sequence[tuple[int, int]]) -> None:
+        large = [one for one in live if one.is_private_memory and one.end - one.start >= _TABLE_BYTES]
+        if not large:
+            return
+        total = sum((one.end - one.start + 2 * _TABLE_BYTES) & -_TABLE_BYTES for one in large) + _TABLE_BYTES
+        at = (find_gap(ranges, total) + _TABLE_BYTES - 1) & -_TABLE_BYTES
+        steps = []
+        for one in large:
+            length = one.end - one.start
+            to = at + one.start % _TABLE_BYTES
+            steps.append(Step("mremap", _SYS_MREMAP, (one.start, length, length, _MREMAP_MAYMOVE_FIXED, to)))
+            steps.append(Step("madvise", _SYS_MADVISE, (to, length, _MADV_DONTFORK)))
+            self._aside.append(_Slice(to, to + length))
+            at += (length + 2 * _TABLE_BYTES) & -_TABLE_BYTES
+        puppet.run(steps)
+
+    def _map(self, puppet: Puppet, staying: Staying) -> None:
+        plan = self._plan
+        there = set(staying.areas)
+        missing = plan._replace(vmas=[area for area in plan.vmas if area not in there])
+        opened, objects, steps = _open_again(missing, puppet)
+        filled = memories.pages_to_fill(plan, self._memory.extents, is_eager=False)
+        puppet.run([*memories.kernel_steps(plan, puppet), memories.limits_step(plan, None)])
+        puppet.run(memories.map_steps(missing, opened, objects, ()))
+        puppet.run(steps)
+        steps = []
+        for area in staying.areas:
+            if area.kind is AreaKind.PRIVATE_FILE:
+                arguments = (area.start, area.end - area.start, _MADV_DONTNEED_LOCKED)
+                steps.append(Step(f"madvise of {area}", _SYS_MADVISE, arguments))
+        for area in staying.protect:
+            arguments = (area.start, area.end - area.start, area.prot & 7)
+            steps.append(Step(f"mprotect of {area}", _SYS_MPROTECT, arguments))
+        puppet.run(steps)
+        for extent in filled:
+            text = os.pread(self._memory.sources[extent.source], extent.pages * PAGE_SIZE, extent.offset)
+            if len(text) != extent.pages * PAGE_SIZE or os.pwrite(puppet.memory, text, extent.start) != len(text):
+                raise RestoreError(f"the page at {extent.start:#x} cannot be filled from the images")
+        self._fill_shared(puppet.pid, [area for area in plan.vmas if area.kind is AreaKind.SHARED])
+
+    def _fill_shared(self, pid: int, areas: Sequence[Area]) -> None:
+        """Give objects of shared memory, which are mapped, what the images say. They are reached by their mappings."""
+        if not areas:
+            return
+        first = {area.shared_id: area for area in reversed(areas)}
+        shared = load_shared(self._plan.images, sorted(first))
+        try:
+            for shared_id, area in first.items():
+                piece = next(one for one in read_live(pid) if one.start <= area.start < one.end)
+                fd = os.open(f"/proc/{pid}/map_files/{piece.start:x}-{piece.end:x}", os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    size = os.fstat(fd).st_size
+                    _punch(fd, size)
+                    for extent in shared.tables[shared_id]:
+                        if extent.kind is Kind.DUMPED:
+                            source = shared.sources[extent.source].fd
+                            memories.send(source, extent, fd, self._plan.images / f"pagemap-shmem-{shared_id}.img")
+                finally:
+                    os.close(fd)
+        finally:
+            shared.close()
+
+    def _seek(self, puppet: Puppet) -> None:
+        steps = []
+        for one in self._plan.descriptors:
+            file = self._plan.files[one.id]
+            if file.type == REGULAR:
+                steps.append(Step(f"lseek of {one.fd}", _SYS_LSEEK, (one.fd, file.reg.pos, os.SEEK_SET), may_fail=True))
+        puppet.run(steps)
+
+    def release(self) -> None:
+        """Let the task go: somebody serves it. A second call does nothing."""
+        puppet, self._puppet = self._puppet, None
+        if puppet is None:
+            return
+        if self._plan.is_stopped:
+            puppet.stop()
+        puppet.release()
+        self.stopped_s = time.monotonic() - self._began
+        self.tasks = []
+
+    def sweep(self) -> str:
+        """Free, while the task runs, what was moved aside; return what is to be said if that cannot be."""
+        pid = self._plan.pid
+        while self._aside:
+            time.sleep(_PAUSE_S)
+            area = self._aside[-1]
+            start = max(area.start, area.end - _SLICE_BYTES)
+            try:
+                with StoppedTask(pid) as stopped:
+                    found = [one for one in read_live(pid) if one.start <= start and area.end <= one.end]
+                    if _program(pid) != self._program or len(found) != 1 or not found[0].is_private_memory:
+                        return ""  # another program by now: its memory went with the one before
+                    with RemoteCalls(pid, stopped.leader, find_room(stopped)) as calls:
+                        calls.run(Call(_SYS_MUNMAP, (start, area.end - start)))
+            except (DumpError, SystemCallError, OSError) as error:
+                if not os.path.exists(f"/proc/{pid}"):  # noqa: PTH110  quick
+                    return ""
+                left = sum(one.end - one.start for one in self._aside) >> 20
+                return f"task {pid} keeps up to {left} MiB that it had before: {error}"
+            self._aside[-1] = _Slice(area.start, start)
+            if start == area.start:
+                self._aside.pop()
+        return ""
+
+    def close(self) -> None:
+        """Give up: the task is ended. Does nothing after release()."""
+        puppet, self._puppet = self._puppet, None
+        if puppet is not None:
+            puppet.kill()
+        for task in self.tasks:
+            os.close(task.uffd)
+        self.tasks = []
+
+    def __enter__(self) -> Rewound:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _program(pid: int) -> tuple[str, ...]:
+    """Return what differs between a program and the one that a process executes after it: proc(5), stat."""
+    try:
+        stat = stat_fields(pid)
+    except OSError:
+        return ()
+    return tuple(stat[number - 3] for number in (26, 27, 28, 48, 50))
+
+
+def _open_again(plan: Plan, puppet: Puppet) -> tuple[Opened, dict[int, int], list[Step]]:
+    """Have the task open what it no longer has mapped; return that, and the steps that close it."""
+    wanted = memories.mapped_files(plan)
+    steps = [
+        Step(f"{path}: open", _SYS_OPEN, (os.fsencode(path) + b"\0", flags | os.O_CLOEXEC)) for path, flags in wanted
+    ]
+    opened = Opened(dict(zip(wanted, puppet.run(steps), strict=True)))
+    objects = {}
+    for shared_id, size in memories.shared_sizes(plan).items():
+        (number,) = puppet.run([Step("memfd_create", _SYS_MEMFD_CREATE, (b"shared\0", _MFD_CLOEXEC))])
+        objects[shared_id] = number
+        pidfd = os.pidfd_open(puppet.pid)
+        try:
+            fd = take_descriptor(pidfd, number)
+        finally:
+            os.close(pidfd)
+        try:
+            os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
+    numbers = [*opened.numbers.values(), *objects.values()]
+    return opened, objects, [Step("close", _SYS_CLOSE, (number,)) for number in numbers]
+
+
+def _punch(fd: int, size: int) -> None:
+    """Make a file of shared memory empty, at its size."""
+    import ctypes  # noqa: PLC0415  only here
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+    if libc.fallocate(fd, _FALLOC_KEEP_SIZE_PUNCH_HOLE, 0, size):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))

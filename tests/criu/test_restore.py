@@ -1,0 +1,469 @@
+# SPDX-License-Identifier: MIT
+"""Tasks that `lazyd restore` builds again, from images of its own and of both CRIUs.
+
+The programs check themselves; tests/victims/plain.c compares all it can find out about itself with what it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import harness
+import pytest
+
+from lazyd.target.tracing import state_of, status_fields, thread_ids
+
+LAZYD = str(Path(sys.executable).parent / "lazyd")
+HOW = pytest.mark.parametrize("how", ["lazy", "eager"])
+WHOSE = pytest.mark.parametrize("whose", ["lazyd", *harness.SUITES])
+STRESS = max(1, int(os.environ.get("LAZYD_STRESS", "1")))
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+    """Return a function that compiles a victim once."""
+    folder = tmp_path_factory.mktemp("programs")
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = harness.compile_c(harness.ROOT / "tests/victims" / f"{name}.c", folder / name)
+        return str(made[name])
+
+    return get
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start programs that are gone when the test is over."""
+    pids = []
+
+    def start(*command):
+        state = tmp_path / "state"
+        state.mkdir()
+        state.chmod(0o777)
+        for parent in list(state.parents)[:4]:
+            parent.chmod(parent.stat().st_mode | 0o11)  # one that gives up root passes through
+        pid = harness.start_program([word.replace("STATE", str(state)) for word in command], state)
+        pids.append(pid)
+        return harness.Checkpoint("", pid, tmp_path / "images", state)
+
+    yield start
+    for pid in pids:
+        harness.reap_group(pid)
+
+
+def dump(saved, whose):
+    """Write images of a program, which is gone then."""
+    if whose == "lazyd":
+        words = [LAZYD, "dump", "--pid", str(saved.pid), "-D", str(saved.images)]
+    else:
+        if not Path(harness.criu_command(whose)).exists():
+            pytest.skip(f"no CRIU of {whose}: run scripts/get-criu {whose}")
+        saved.images.mkdir()
+        words = [harness.criu_command(whose), "dump", "-t", str(saved.pid), "-D", str(saved.images), "-j", "-v0"]
+    run = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    assert run.returncode == 0, run.stderr
+    harness.reap_group(saved.pid)
+
+
+def restore(saved, *words, check=True, command=(LAZYD,), **more):
+    """Run lazyd restore to its end."""
+    line = [*command, "restore", "-D", str(saved.images), "--no-progress", *words]
+    output = saved.images.parent / "restore.out"
+    with output.open("w") as out:  # not a pipe, which the task would keep open
+        more = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out} | more
+        run = subprocess.run(line, check=False, timeout=60, **more)
+    run.stderr = output.read_text()
+    if check:
+        assert run.returncode == 0, run.stderr
+    return run
+
+
+def verdict(saved):
+    """Tell a program to end; what it has found."""
+    (saved.state / "go").touch()
+    harness.wait_until(lambda: saved.result.endswith("\n"), "the program's verdict")
+    return saved.result
+
+
+def how_words(how):
+    return ["--eager"] if how == "eager" else []
+
+
+@HOW
+@WHOSE
+def test_a_plain_task_comes_back(whose, how, programs, start):
+    saved = start(programs("plain"), "STATE", "7")
+    dump(saved, whose)
+    restore(saved, *how_words(how))
+    assert verdict(saved) == "ok\n"
+
+
+@HOW
+def test_who_gave_up_root_comes_back_without(how, programs, start):
+    saved = start(programs("plain"), "STATE", "7", "user")  # which neither CRIU dumps here
+    dump(saved, "lazyd")
+    restore(saved, *how_words(how))
+    assert verdict(saved) == "ok\n"
+
+
+@WHOSE
+def test_fifty_threads(whose, programs, start):
+    saved = start(programs("plain"), "STATE", "50")
+    tids = thread_ids(saved.pid)
+    dump(saved, whose)
+    restore(saved)
+    assert thread_ids(saved.pid) == tids
+    assert verdict(saved) == "ok\n"
+
+
+# What the kernel's own state alone could finish comes back with EINTR, which steady.c takes for wrong.
+KINDS = ["registers", "memory", "calls", "handler", "sigsuspend", "pending"]
+
+
+@WHOSE
+def test_threads_in_the_middle_of_everything(whose, programs, start):
+    saved = start(programs("steady"), "STATE", *KINDS * 3)
+    dump(saved, whose)
+    restore(saved)
+    assert verdict(saved) == "ok\n"
+
+
+PYTHON = """
+import array, hashlib, os, sys, threading, time
+state = sys.argv[1]
+words = array.array("Q", range(6_000_000))
+blocks = [os.urandom(1 << 20) for _ in range(20)]
+table = {f"key {number}": str(number) * 3 for number in range(50_000)}
+def digest():
+    found = hashlib.sha256(words)
+    for block in blocks:
+        found.update(block)
+    for key, value in table.items():
+        found.update((key + value).encode())
+    return found.hexdigest()
+before, count, stop = digest(), [0] * 4, threading.Event()
+def work(number):
+    while not stop.is_set():
+        count[number] += 1
+        assert words[count[number] * 7919 % len(words)] == count[number] * 7919 % len(words)
+threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+for thread in threads:
+    thread.start()
+os.mknod(state + "/ready")
+while not os.path.exists(state + "/go"):
+    time.sleep(0.01)
+then = list(count)
+while any(now == was for now, was in zip(count, then)):
+    time.sleep(0.001)
+after = digest()
+stop.set()
+for thread in threads:
+    thread.join()
+with open(state + "/result", "w") as file:
+    file.write("ok\\n" if after == before else "wrong\\n")
+"""
+SHELL = """
+number=0
+touch_ready() { : > "$1/ready"; }
+trap 'seen=term' TERM
+cd "$1"
+touch_ready "$1"
+while [ ! -e go ]; do number=$((number + 1)); done
+kill -TERM $$
+if [ "$seen" = term ] && [ $number -gt 0 ] && [ "$PWD" = "$1" ] && [ "$(echo fork)" = fork ]; then
+	echo ok > unfinished
+else
+	echo wrong > unfinished
+fi
+mv unfinished result
+"""
+
+
+@HOW
+@WHOSE
+def test_real_python(whose, how, start, tmp_path):
+    (tmp_path / "program.py").write_text(PYTHON)
+    saved = start("/usr/bin/python3", str(tmp_path / "program.py"), "STATE")
+    dump(saved, whose)
+    restore(saved, *how_words(how))
+    assert verdict(saved) == "ok\n"
+
+
+@WHOSE
+@pytest.mark.parametrize("shell", ["/bin/dash", "/bin/bash"])
+def test_real_shells(whose, shell, start, tmp_path):
+    (tmp_path / "script").write_text(SHELL)
+    saved = start(shell, str(tmp_path / "script"), "STATE")
+    dump(saved, whose)
+    restore(saved)
+    assert verdict(saved) == "ok\n"
+
+
+def test_from_a_chain(programs, start):
+    saved = start(programs("plain"), "STATE", "3")
+    parent = []
+    for level in range(3):
+        images = saved.images.parent / f"images{level}"
+        words = ["dump" if level == 2 else "pre-dump", "--pid", str(saved.pid), "-D", str(images), *parent]
+        subprocess.run([LAZYD, *words], check=True, capture_output=True)
+        parent = ["--parent", str(images)]
+    harness.reap_group(saved.pid)
+    saved.images = images
+    restore(saved)
+    assert verdict(saved) == "ok\n"
+
+
+def test_stopped_then_attached_to(programs, start):
+    saved = start(programs("steady"), "STATE", *KINDS)
+    dump(saved, "lazyd")
+    restore(saved, "--stopped")
+    assert {state_of(tid) for tid in thread_ids(saved.pid)} == {"T"}
+    run = subprocess.run(
+        [LAZYD, "-D", str(saved.images), "--pid", str(saved.pid), "--no-progress"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert run.returncode == 0, run.stderr
+    assert {state_of(tid) for tid in thread_ids(saved.pid)} == {"T"}
+    os.kill(saved.pid, signal.SIGCONT)
+    assert verdict(saved) == "ok\n"
+
+
+def test_what_was_stopped_stays_stopped(programs, start):
+    saved = start(programs("steady"), "STATE", *KINDS)
+    os.kill(saved.pid, signal.SIGSTOP)
+    dump(saved, "lazyd")
+    restore(saved)
+    assert {state_of(tid) for tid in thread_ids(saved.pid)} == {"T"}
+    os.kill(saved.pid, signal.SIGCONT)
+    assert verdict(saved) == "ok\n"
+
+
+def test_dumped_and_restored_again_and_again(programs, start):
+    saved = start(programs("plain"), "STATE", "3")
+    first = saved.images
+    for number in range(3):
+        saved.images = first.with_name(f"images{number}")
+        dump(saved, "lazyd")
+        restore(saved, *how_words("eager" if number % 2 else "lazy"))
+    assert verdict(saved) == "ok\n"
+
+
+# ---- what is refused ----
+
+
+def refused(saved, *words, **more):
+    """Restore in vain; the one line that says why. There is no process then."""
+    run = restore(saved, *words, check=False, **more)
+    assert run.returncode == 1, run.stderr
+    assert state_of(saved.pid) == "X"
+    return run.stderr.strip().removeprefix("Error: ")
+
+
+@pytest.fixture
+def sleeper(start):
+    """Images of a plain program."""
+    saved = start("/usr/bin/python3", "-c", "import time, os; os.mknod('STATE/ready'); time.sleep(1000)")
+    dump(saved, "lazyd")
+    return saved
+
+
+def test_a_pid_that_is_taken(sleeper):
+    restore(sleeper)
+    try:
+        run = restore(sleeper, check=False)
+        assert run.returncode == 1
+        assert f"pid {sleeper.pid} is taken by another process or thread" in run.stderr
+        assert len(run.stderr.splitlines()) == 1
+        assert state_of(sleeper.pid) in "SR"
+    finally:
+        harness.reap_group(sleeper.pid)
+
+
+def test_a_file_that_changed(programs, start):
+    saved = start(programs("plain"), "STATE", "0")
+    dump(saved, "lazyd")
+    data = saved.state / "data"
+    with data.open("ab") as file:
+        file.write(b"more")
+    assert f"{data}: it has changed: 32772 bytes, 32768 when the task was dumped" in refused(saved)
+    data.unlink()
+    assert f"{data}: no such file or directory" in refused(saved)
+    data.mkdir()
+    assert f"{data}: it was a file when the task was dumped, and is not now" in refused(saved)
+
+
+def test_a_program_that_was_built_again(programs, start, tmp_path):
+    source = (harness.ROOT / "tests/victims/plain.c").read_text()
+    for folder, word in (("one", "ok"), ("two", "OK")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "plain.c").write_text(source.replace('"too much to write down"', f'"too much {word}"'))
+        (tmp_path / folder / "registers.h").write_bytes((harness.ROOT / "tests/victims/registers.h").read_bytes())
+        harness.compile_c(tmp_path / folder / "plain.c", tmp_path / folder / "plain")
+    program = tmp_path / "one/plain"
+    saved = start(str(program), "STATE", "0")
+    dump(saved, "lazyd")
+    other = tmp_path / "two/plain"
+    assert other.stat().st_size == program.stat().st_size
+    other.replace(program)
+    assert f"{program}: it has changed: its build id is another" in refused(saved)
+
+
+BEYOND = """
+import ctypes, os, time
+one = os.pipe()
+two = ctypes.CDLL(None).eventfd(3, 0)
+os.mknod("STATE/ready")
+time.sleep(1000)
+"""
+
+
+def test_what_is_beyond_a_plain_task_is_listed_whole(suite, start):
+    saved = start("/usr/bin/python3", "-c", BEYOND)
+    dump(saved, suite)
+    said = refused(saved)
+    assert f"task {saved.pid} has what `lazyd restore` cannot bring back:" in said
+    assert "descriptor 3: a pipe" in said
+    assert "descriptor 5: an eventfd" in said
+    assert f"`criu restore --lazy-pages` may, beside `lazyd --images {saved.images}`" in said
+
+
+def test_a_tree(suite, start):
+    saved = start("/bin/sh", "-c", "sleep 1000 & echo $! > STATE/child; : > STATE/ready; wait")
+    dump(saved, suite)
+    child = (saved.state / "child").read_text().strip()
+    assert f"2 tasks: {saved.pid}, {child}: a tree of processes" in refused(saved)
+
+
+def test_a_pages_image_that_is_cut(sleeper):
+    for path in sleeper.images.glob("pages-*.img"):
+        os.truncate(path, 4096)
+    assert "pages-" in refused(sleeper)
+
+
+DYING = """
+import itertools, os, signal, sys
+limit = int(sys.argv.pop(1))
+from lazyd.target import puppet, tracing
+numbers = itertools.count(1)
+def counted(function):
+    def counting(*arguments):
+        if next(numbers) > limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+    return counting
+puppet.request = tracing.request = counted(tracing.request)
+os.pwrite = counted(os.pwrite)
+from lazyd.cli import main
+code = main()
+print("steps", next(numbers) - 1)
+sys.exit(code)
+"""
+
+
+def test_lazyd_is_killed_before_each_of_its_steps(programs, start):
+    """Until the task is let go there is none of it left, and in the end it is whole."""
+    saved = start(programs("plain"), "STATE", "2")
+    dump(saved, "lazyd")
+
+    def run(limit):
+        return restore(saved, "--eager", check=False, command=[sys.executable, "-c", DYING, str(limit)])
+
+    limit = 0
+    step = max(1, 12 // STRESS)
+    while (ended := run(limit)).returncode == -signal.SIGKILL:
+        # Whoever is killed by PTRACE_O_EXITKILL is killed a moment after its tracer.
+        harness.wait_until(lambda: state_of(saved.pid) in "XZ", "the end of what was begun")
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(saved.pid, 0)
+        limit += step
+    assert ended.returncode == 0, ended.stderr
+    assert limit > 60
+    assert verdict(saved) == "ok\n"
+
+
+# ---- what a user sees ----
+
+
+def test_standard_streams_are_inherited(start, tmp_path):
+    """A pipe is one end of somebody's; a new one takes its place."""
+    state = tmp_path / "state"
+    state.mkdir()
+    program = f"""
+import os, time
+os.mknod("{state}/ready")
+while not os.path.exists("{state}/go"):
+    time.sleep(0.01)
+print("again", flush=True)
+"""
+    process = subprocess.Popen(
+        ["/usr/bin/python3", "-c", program],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        harness.wait_until((state / "ready").exists, "the program")
+        saved = harness.Checkpoint("", process.pid, tmp_path / "images", state)
+        process.returncode = 0
+        dump(saved, "lazyd")
+        process.stdout.close()
+        reading, writing = os.pipe()
+        restore(saved, stdout=writing)
+        os.close(writing)
+        (state / "go").touch()
+        with os.fdopen(reading, "rb") as pipe:
+            assert pipe.read() == b"again\n"
+    finally:
+        harness.reap_group(process.pid)
+
+
+def test_in_the_background(sleeper, tmp_path):
+    reading, writing = os.pipe()
+    words = ["--daemon", "--fill", "off", "-W", str(tmp_path), "--pidfile", "lazyd.pid", "-o", "lazyd.log"]
+    restore(sleeper, *words, "--status-fd", str(writing), pass_fds=[writing])
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        assert pipe.read(1) == b"\0"
+    assert state_of(sleeper.pid) in "SR"
+    pid = int((tmp_path / "lazyd.pid").read_text())
+    assert int(status_fields(sleeper.pid)["PPid"]) not in (pid, 0)
+    assert f"restored {sleeper.pid}" in (tmp_path / "lazyd.log").read_text()
+    family = [pid, *harness.descendants(pid)]
+    # It serves until its task has ended.
+    harness.reap_group(sleeper.pid)
+    for one in family:
+        harness.wait_until(lambda one=one: state_of(one) in "XZ", "the daemon's end")
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(one, 0)
+
+
+def test_the_first_instruction_does_not_wait_for_memory(start, tmp_path):
+    """With the fill held back to nothing a task of 200 MiB goes on, and asks for what it needs."""
+    (tmp_path / "program.py").write_text(PYTHON)
+    saved = start("/usr/bin/python3", str(tmp_path / "program.py"), "STATE")
+    dump(saved, "lazyd")
+    with (tmp_path / "out").open("w") as out:
+        command = [LAZYD, "restore", "-D", str(saved.images), "--fill", "off", "--no-progress", "-v4"]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+    try:
+        harness.wait_until(lambda: "restored" in (tmp_path / "out").read_text(), "the restore")
+        time.sleep(0.05)
+        resident = int(status_fields(saved.pid)["VmRSS"].split()[0])
+        size = sum(path.stat().st_size for path in saved.images.glob("pages-*.img")) // 1024
+        assert resident < size / 2
+        assert verdict(saved) == "ok\n"
+        assert process.wait(60) == 0, (tmp_path / "out").read_text()
+    finally:
+        harness.Daemon(process, tmp_path, tmp_path).stop()
