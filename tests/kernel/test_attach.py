@@ -329,7 +329,7 @@ def test_any_two_that_attached_are_killed_at_once(start, serve, offices, tmp_pat
         assert json.loads(statistics.read_text())["exit_code"] == 0, daemon.output
         pid = int(pidfile.read_text())
         # It may have been done before another keeper was needed.
-        assert (pid == before["keeper"]) is ("takes its place" not in daemon.output)
+        assert (pid == before["keeper"]) is (f"the keeper {before['keeper']} died" not in daemon.output)
 
 
 # ---- what is refused ----
