@@ -14,6 +14,10 @@ How it ends, in the order of what is asked first:
 - a signal later: the fill is finished first, without a limit, and the end is as above. A second one within
   five seconds: the tasks that still depend on us are stopped with SIGSTOP and what is missing is poisoned, so
   that one that is continued gets SIGBUS where a byte is missing, and never zeros; 1.
+
+Every process of the family (see keeper) has its copy of a session; what they share is the engine's arena and a few
+words: the restorer's connection, how far the handshake has come, whether anything failed. This module is longer than
+others because all of it is one object's state, moved on by one loop.
 """
 
 from __future__ import annotations
