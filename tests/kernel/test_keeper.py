@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import signal
 import time
 
 import pytest
-from kernel_harness import BASE, PID, STRESS, full, hand_over, memory, sparse, wait_until
+from kernel_harness import BASE, PID, STRESS, full, hand_over, memory, sparse, task_state, wait_until
 from process_harness import KILLED, command_name, is_whole_again, kill_offices
 
+from lazyd import keeper
+from lazyd.errors import SystemCallError
 from lazyd.restore_socket import Connection, Listener
 from lazyd.session import Session
 from lazyd.uffd import Engine, SharedWords
@@ -124,6 +127,42 @@ def test_a_server_killed_during_the_handshake_is_replaced(stage, cut):
     assert skeleton.wait() == (0, "ok\n"), daemon.output
     skeleton.close()
     assert daemon.wait() == 0, daemon.output
+
+
+def test_tasks_are_stopped_when_no_process_can_be_made_to_serve_them(stage):
+    """And as soon as one can be, it gives up in order: SIGBUS where a byte is missing, never zeros."""
+    forbidden = stage.folder / "no-forks"
+    real = keeper.fork_keeping_fds
+
+    def fork():
+        if forbidden.exists():
+            raise SystemCallError("clone", errno.EAGAIN)
+        return real()
+
+    def prepare():
+        keeper.fork_keeping_fds = fork
+        keeper._HALT_AFTER_S = 0.2
+
+    vmas = [full(BASE, 256)]
+    touch = ["await", "bus", hex(BASE), "256", "sweep", "random", "1"]
+    memory_steps = [*memory(vmas), "open", "connect", "announce", "0", "finish", "hangup"]
+    skeleton = stage.start_skeleton("await", *memory_steps, "say", "runs", *touch)
+    stage.build({skeleton.pid: vmas})
+    daemon = stage.start_daemon("--fill", "off", prepare=prepare)
+    skeleton.go_on()
+    skeleton.heard("runs")
+    daemon.wait_for_line("restore finished")
+    daemon.whole_family()
+    forbidden.touch()
+    kill_server(daemon)
+    wait_until(lambda: task_state(skeleton.pid) == "T", f"the task to stop; the daemon said:\n{daemon.output}")
+    assert daemon.poll() is None
+    assert "no process can be made to serve" in daemon.output
+    forbidden.unlink()
+    assert daemon.wait() == 1, daemon.output
+    os.kill(skeleton.pid, signal.SIGCONT)
+    skeleton.go_on()
+    assert skeleton.wait() == (0, "ok\n"), daemon.output
 
 
 def dying_at(step, offices):
