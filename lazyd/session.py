@@ -14,6 +14,10 @@ How it ends, in the order of what is asked first:
 - a signal later: the fill is finished first, without a limit, and the end is as above. A second one within
   five seconds: the tasks that still depend on us are stopped with SIGSTOP and what is missing is poisoned, so
   that one that is continued gets SIGBUS where a byte is missing, and never zeros; 1.
+
+Every process of the family (see keeper) has its copy of a session; what they share is the engine's arena and a few
+words: the restorer's connection, how far the handshake has come, whether anything failed. This module is longer than
+others because all of it is one object's state, moved on by one loop.
 """
 
 from __future__ import annotations
@@ -63,9 +67,9 @@ from lazyd.uffd import (
 from lazyd.units import PAGE_SIZE, human_bytes
 
 SECOND_SIGNAL_S = 5.0
-_CONNECTION, _HANDSHAKE, _ACCEPTED = 0, 1, 2
+_CONNECTION, _HANDSHAKE, _ACCEPTED, _FAILED = range(4)
 """Words shared with the processes after this one: the connection's descriptor, 0 without one; how far it has come;
-the listening descriptor plus 1, once it is not needed any more."""
+the listening descriptor plus 1, once it is not needed any more; 1: the exit code is not 0, whatever follows."""
 ALONE_S = 0.2
 """How long a keeper may take to be replaced by its standby, before the server makes one."""
 SAME_SIGNAL_S = 0.25
@@ -131,7 +135,7 @@ class Session:
         self._end: _End | None = None
         # Not epoll: its state would be shared with, and left behind by, a process that dies (see keeper).
         self._selector = selectors.PollSelector()
-        self._shared = SharedWords(3)
+        self._shared = SharedWords(4)
         self._connection: Connection | None = None
         self._guard: Guard | None = None
         self._alone_since: float | None = None
@@ -282,6 +286,8 @@ class Session:
         """Go on in the place of a process that died; this one is a copy of another in which no thread runs."""
         self._guard = guard
         self._forget()
+        if self._shared[_FAILED] and self._reason is None:
+            self._reason = "something failed before the serving process died"
         for info in self._task_infos():
             if info.status is not TaskStatus.PREPARED and self._tasks.pop(info.image_pid, None) is not None:
                 self._announced.add(info.image_pid)
@@ -302,6 +308,10 @@ class Session:
             self._resume_handshake(listener)
             return self._serve_to_the_end()
         self._is_finished = True
+        if connection := self._shared[_CONNECTION]:  # it died before it had closed it
+            self._shared[_CONNECTION] = 0
+            os.close(connection)
+        self._miss_tasks()
         for number, info in enumerate(self._task_infos()):
             if info.status is TaskStatus.FAILED:  # its notice may have died unread
                 self._fail(f"{self._name(number)}: could not be served to the end")
@@ -487,6 +497,7 @@ class Session:
         """Log a problem and make sure that the exit code says so."""
         self._log.error(reason)
         self._problems.append(reason)
+        self._shared[_FAILED] = 1
         if self._reason is None:
             self._reason = reason
 
@@ -593,16 +604,20 @@ class Session:
         self._log.debug(f"task {pid} (pid {run_pid or 'unknown'} here) is served")
 
     def _restore_finished(self) -> None:
+        # First: a process that goes on in the place of this one takes a connection that is closed for a failure.
+        self._engine.finish_restore()
         self._hang_up()
         self._is_finished = True
         self._moments = self._moments._replace(restored=self._log.elapsed())
-        for pid in self._tasks:
-            # If it runs, it runs on zeros, and nobody here can help it.
-            self._fail(f"{SOCKET_NAME}: the restorer finished without handing over task {pid}")
-        self._engine.finish_restore()
+        self._miss_tasks()
         self._progress.begin()
         self._log.info(f"restore finished: {len(self._announced)} tasks")
         self._look_for_the_end()
+
+    def _miss_tasks(self) -> None:
+        for pid in self._tasks:
+            # If it runs, it runs on zeros, and nobody here can help it.
+            self._fail(f"{SOCKET_NAME}: the restorer finished without handing over task {pid}")
 
     # The engine
 
@@ -797,6 +812,8 @@ class _signals_as_bytes:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # What comes now comes too late: it must not end a process that has nothing left to do but to say so.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_fd)
