@@ -30,7 +30,8 @@ from lazyd.report import (
     write_statistics,
 )
 from lazyd.restore_socket import Listener
-from lazyd.session import Session, Settings, hold_signals
+from lazyd.session import Session, Settings
+from lazyd.session.signals import hold_signals
 from lazyd.target import Attached
 from lazyd.uffd import check_permission
 
