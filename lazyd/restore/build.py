@@ -9,19 +9,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from lazyd.errors import ImageError, RestoreError, SystemCallError
-from lazyd.image import Kind, load
+from lazyd.image import Extent, Kind, load
 from lazyd.restore import memory as memories
 from lazyd.restore import task as tasks
 from lazyd.restore.files import Files
 from lazyd.restore.memory import Memory
 from lazyd.restore.plan import Plan, make_plan, taken_ranges
 from lazyd.target import Attached
+from lazyd.target.attach import empty_ranges, merge_ranges
+from lazyd.target.mappings import find_pages
 from lazyd.target.puppet import Puppet, Step, find_workshop
 from lazyd.target.userfault import enable_missing, register_missing, take_userfaultfd
 
@@ -74,6 +78,8 @@ class Restored:
             uffd = open_userfaultfd(puppet)
             self.tasks.append(Attached(plan.pid, plan.pid, uffd))
         self.warning = dress(plan, puppet, uffd, with_credentials=True)
+        if uffd >= 0:
+            check_empty(plan, filled)
 
     def release(self, *, stopped: bool = False) -> None:
         """Let the task go: somebody serves it. A second call does nothing."""
@@ -158,6 +164,21 @@ def dress(plan: Plan, puppet: Puppet, uffd: int, *, with_credentials: bool) -> s
     for thread in plan.threads:
         puppet.threads[thread.tid].set_signal_mask(tasks.signal_mask(plan, thread))
     return warning
+
+
+def check_empty(plan: Plan, filled: Sequence[Extent]) -> None:
+    """See that nothing is where pages are still to come: what is there is never asked for. RestoreError."""
+    known = [(int(extent.start), int(extent.end)) for extent in filled]
+    present = merge_ranges([*known, *memories.rseq_pages(plan)])
+    try:
+        found = find_pages(plan.pid, empty_ranges(plan.vmas, present))
+    except OSError as error:
+        if error.errno == errno.ENOTTY:
+            return  # Linux before 6.7
+        raise
+    if found:
+        start, end, pages = found[0]
+        raise RestoreError(f"task {plan.pid}: {pages} pages are in {start:#x}-{end:#x} that nobody has put there")
 
 
 def restore_alone(images: Path, dialect: str, *, is_eager: bool, stopped: bool) -> tuple[int, str]:

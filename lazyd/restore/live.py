@@ -27,6 +27,8 @@ _KINDS = {REGULAR: DescriptorKind.FILE, PIPE: DescriptorKind.PIPE, TERMINAL: Des
 _MAPS_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (...)([ps]) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+)\s*(.*)")
 _CAP_DAC_OVERRIDE, _CAP_SYS_PTRACE, _CAP_SYS_ADMIN = 1 << 1, 1 << 19, 1 << 21
 _CAP_SYS_RESOURCE, _CAP_CHECKPOINT_RESTORE = 1 << 24, 1 << 40
+_RLIMIT_DATA, _RLIMIT_NOFILE, _RLIMIT_AS = 2, 7, 9
+_OWN_DESCRIPTORS = 8
 _KERNEL_NAMES = {"[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]"}
 
 
@@ -140,8 +142,21 @@ def _check_descriptors(plan: Plan, descriptors: Sequence[Descriptor]) -> None:
         raise RestoreError(f"process {plan.pid} has other descriptors than when it was dumped: {'; '.join(problems)}")
 
 
-def check_rights(plan: Plan, staying: Staying) -> None:
-    """See that a task has the rights that it takes to go back: it does so itself."""
+def _limits(pid: int) -> list[tuple[str, str]]:
+    """Return the soft and hard limits of a task by their number, as words."""
+    lines = Path(f"/proc/{pid}/limits").read_text().splitlines()[1:]
+    return [(words[0], words[1]) for words in (line[26:].split() for line in lines)]
+
+
+def may_be_twice(pid: int) -> bool:
+    """Say whether nothing limits how much memory a task has mapped."""
+    limits = _limits(pid)
+    strict = Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
+    return not strict and limits[_RLIMIT_DATA][0] == limits[_RLIMIT_AS][0] == "unlimited"
+
+
+def check_rights(plan: Plan, staying: Staying, descriptors: int) -> None:
+    """See that a task has the rights and the room that it takes to go back: it does so itself."""
     pid = plan.pid
     capabilities = int(status_fields(pid)["CapEff"], 16)
     missing = [thread.tid for thread in plan.threads if thread.tid not in thread_ids(pid)]
@@ -158,9 +173,13 @@ def check_rights(plan: Plan, staying: Staying) -> None:
     if not capabilities & _CAP_SYS_PTRACE and not may_fault:
         hint = "as root set vm.unprivileged_userfaultfd to 1"
         raise RestoreError(f"process {pid} may not open a userfaultfd ({hint})")
-    hard = [line[26:].split()[1] for line in Path(f"/proc/{pid}/limits").read_text().splitlines()[1:]]
+    limits = _limits(pid)
+    most = limits[_RLIMIT_NOFILE][0]
+    if most != "unlimited" and descriptors + len(gone) + _OWN_DESCRIPTORS > int(most):
+        raise RestoreError(f"process {pid} has {descriptors} open files, and its limit of {most} leaves no room")
     for number, limit in enumerate(plan.task.rlimits.rlimits):
-        if hard[number] != "unlimited" and limit.max > int(hard[number]) and not capabilities & _CAP_SYS_RESOURCE:
+        hard = limits[number][1]
+        if hard != "unlimited" and limit.max > int(hard) and not capabilities & _CAP_SYS_RESOURCE:
             raise RestoreError(f"process {pid} has lowered its hard limit {number}, and may not raise it again")
 
 

@@ -11,6 +11,8 @@ Facts, and what follows:
   pages where both addresses are alike below 2 MiB. So large private mappings are moved aside, and dropped slice by
   slice when the task runs again. A child does not get them (MADV_DONTFORK). Their addresses are such that after an
   exec only MAP_FIXED could be there: before each slice it is seen that they are there still, in the same program.
+- What is moved aside counts twice for a while: where that is limited (RLIMIT_AS, RLIMIT_DATA, strict overcommit) it is
+  freed at once.
 - A mapping of a file or of shared memory that is still there stays, and loses what the task wrote to it: for that, no
   file has to be opened with the rights that the task has left.
 - A thread that is made again needs its id (clone3, set_tid), and so a task that may choose ids.
@@ -26,10 +28,19 @@ from types import TracebackType
 from typing import NamedTuple
 
 from lazyd.errors import DumpError, LazydError, RestoreError, SystemCallError
-from lazyd.image import Kind, load_shared
+from lazyd.image import Extent, Kind, load_shared
 from lazyd.restore import memory as memories
-from lazyd.restore.build import dress, make_threads, open_userfaultfd
-from lazyd.restore.live import Live, Staying, check_before, check_rights, check_stopped, find_staying, read_live
+from lazyd.restore.build import check_empty, dress, make_threads, open_userfaultfd
+from lazyd.restore.live import (
+    Live,
+    Staying,
+    check_before,
+    check_rights,
+    check_stopped,
+    find_staying,
+    may_be_twice,
+    read_live,
+)
 from lazyd.restore.memory import Memory, Opened
 from lazyd.restore.plan import REGULAR, Plan
 from lazyd.restore.vma import Area
@@ -46,6 +57,7 @@ from lazyd.units import PAGE_SIZE
 # arch/x86/entry/syscalls/syscall_64.tbl
 _SYS_OPEN, _SYS_CLOSE, _SYS_LSEEK, _SYS_MPROTECT, _SYS_MUNMAP, _SYS_MREMAP, _SYS_MADVISE = 2, 3, 8, 10, 11, 25, 28
 _SYS_SETITIMER, _SYS_RT_SIGTIMEDWAIT, _SYS_TIMER_DELETE, _SYS_MEMFD_CREATE, _SYS_RSEQ = 38, 128, 226, 319, 334
+_SYS_MUNLOCKALL = 152
 _RSEQ_FLAG_UNREGISTER, _MFD_CLOEXEC = 1, 1
 _MREMAP_MAYMOVE_FIXED, _MADV_DONTFORK, _MADV_DONTNEED_LOCKED = 3, 10, 24
 _FALLOC_KEEP_SIZE_PUNCH_HOLE = 3
@@ -79,11 +91,11 @@ class Rewound:
         self._program = _program(plan.pid)
         self._began = time.monotonic()
         with StoppedTask(plan.pid) as stopped:
-            check_stopped(plan)
+            descriptors = check_stopped(plan)
             timers = [timer.number for timer in list_timers(plan.pid)]
             live = read_live(plan.pid)
             staying = find_staying(plan, live)
-            check_rights(plan, staying)
+            check_rights(plan, staying, len(descriptors))
             ranges = [(one.start, one.end) for one in live] + [(area.start, area.end) for area in plan.vmas]
             workshop = find_workshop(ranges)
             self._puppet = Puppet.take_over(stopped, workshop)
@@ -114,12 +126,13 @@ class Rewound:
         self._move_aside(puppet, live, ranges)
         kept = [(area.start, area.end) for area in staying.areas]
         puppet.clear(keep=[*kept, *self._aside])
-        self._map(puppet, staying)
+        filled = self._map(puppet, staying)
         make_threads(plan, puppet)
         uffd = open_userfaultfd(puppet)
         self.tasks.append(Attached(plan.pid, plan.pid, uffd))
         self._seek(puppet)
         self.warning = dress(plan, puppet, uffd, with_credentials=False)
+        check_empty(plan, filled)
 
     @staticmethod
     def _forget_signals(puppet: Puppet, timers: Sequence[int]) -> None:
@@ -144,6 +157,9 @@ class Rewound:
             puppet.end_thread(tid)
 
     def _move_aside(self, puppet: Puppet, live: Sequence[Live], ranges: Sequence[tuple[int, int]]) -> None:
+        puppet.run([Step("munlockall", _SYS_MUNLOCKALL)])  # or what is mapped next would have its pages at once
+        if not may_be_twice(puppet.pid):
+            return
         large = [one for one in live if one.is_private_memory and one.end - one.start >= _TABLE_BYTES]
         if not large:
             return
@@ -159,7 +175,8 @@ class Rewound:
             at += (length + 2 * _TABLE_BYTES) & -_TABLE_BYTES
         puppet.run(steps)
 
-    def _map(self, puppet: Puppet, staying: Staying) -> None:
+    def _map(self, puppet: Puppet, staying: Staying) -> list[Extent]:
+        """Map what the images say and fill what must be there; return that."""
         plan = self._plan
         there = set(staying.areas)
         missing = plan._replace(vmas=[area for area in plan.vmas if area not in there])
@@ -182,6 +199,7 @@ class Rewound:
             if len(text) != extent.pages * PAGE_SIZE or os.pwrite(puppet.memory, text, extent.start) != len(text):
                 raise RestoreError(f"the page at {extent.start:#x} cannot be filled from the images")
         self._fill_shared(puppet.pid, [area for area in plan.vmas if area.kind is AreaKind.SHARED])
+        return filled
 
     def _fill_shared(self, pid: int, areas: Sequence[Area]) -> None:
         """Give objects of shared memory, which are mapped, what the images say. They are reached by their mappings."""

@@ -25,6 +25,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from lazyd.errors import AttachError
 from lazyd.image.directory import Program, Vma
@@ -60,7 +61,7 @@ class Attachment:
         check_memory(pid, expected.vmas, mappings)
         kernel_written = _rseq_pages(stopped, expected.vmas)
         filled = merge_ranges([*expected.filled, *kernel_written])
-        present = find_pages(pid, _empty_ranges(expected.vmas, filled))
+        present = find_pages(pid, empty_ranges(expected.vmas, filled))
         if present and not drop_pages:
             pages = sum(count for _, _, count in present)
             start, end, _ = present[0]
@@ -271,7 +272,20 @@ def merge_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-def _empty_ranges(vmas: Sequence[Vma], present: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+class MaybeLazy(Protocol):
+    """A VMA of an image, in whatever form."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
+
+    @property
+    def is_lazy(self) -> bool: ...
+
+
+def empty_ranges(vmas: Sequence[MaybeLazy], present: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Yield the lazy ranges, those apart that are filled."""
     filled = iter([*present, (1 << 64, 1 << 64)])
     hole = next(filled)

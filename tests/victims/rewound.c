@@ -326,6 +326,8 @@ static void change_all(void)
 		NEED(!timer_create(CLOCK_MONOTONIC, NULL, &other));
 	NEED(!setitimer(ITIMER_REAL, &(struct itimerval){ { 500, 0 }, { 500, 0 } }, NULL));
 	NEED(!sigaltstack(&(stack_t){ .ss_flags = SS_DISABLE }, NULL));
+	NEED(!mlockall(MCL_FUTURE)); /* what is mapped from here on has its pages at once */
+	memset(map(AREA, anonymous, -1), 0x12, AREA);
 	NEED(lseek(file, 7, SEEK_SET) == 7);
 	NEED(!chdir("/"));
 	umask(0);
