@@ -91,7 +91,11 @@ def restore(saved, *words, check=True, command=(LAZYD,), **more):
 def verdict(saved):
     """Tell a program to end; what it has found."""
     (saved.state / "go").touch()
-    harness.wait_until(lambda: saved.result.endswith("\n"), "the program's verdict")
+    try:
+        harness.wait_until(lambda: saved.result.endswith("\n"), "the program's verdict")
+    except AssertionError as error:
+        said = harness.tail(saved.images.parent / "restore.out")
+        raise AssertionError(f"{error}\n{harness.task_states(saved.pid)}\n{said}") from None
     return saved.result
 
 
