@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -44,14 +46,13 @@ def programs(tmp_path_factory):
 @pytest.fixture
 def start(tmp_path):
     """Start programs that are gone when the test is over."""
-    pids = []
+    pids, states = [], []
 
     def start(*command):
-        state = tmp_path / "state"
-        state.mkdir()
+        # Not below pytest's own folder, which another pytest may close to all but root at any moment.
+        state = Path(tempfile.mkdtemp(prefix="lazyd-test-"))
         state.chmod(0o777)
-        for parent in list(state.parents)[:4]:
-            parent.chmod(parent.stat().st_mode | 0o11)  # one that gives up root passes through
+        states.append(state)
         pid = harness.start_program([word.replace("STATE", str(state)) for word in command], state)
         pids.append(pid)
         return harness.Checkpoint("", pid, tmp_path / "images", state)
@@ -59,6 +60,8 @@ def start(tmp_path):
     yield start
     for pid in pids:
         harness.reap_group(pid)
+    for state in states:
+        shutil.rmtree(state, ignore_errors=True)
 
 
 def dump(saved, whose):
