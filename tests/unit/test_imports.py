@@ -4,7 +4,13 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import lazyd
 
@@ -122,3 +128,26 @@ def test_slow_modules_are_not_imported_before_the_socket_listens():
             if is_top and module in NEVER_AT_THE_TOP:
                 wrong.add(f"{room(path)} imports {module}")
     assert not wrong
+
+
+REAL_IMAGES = Path(__file__).parent / "real_images" / "criu-4.1.1"
+
+
+@pytest.mark.parametrize("implementation", ["upb", "python"])
+def test_of_protobuf_only_what_is_used_is_imported(implementation):
+    """The daemon's imports, then an image is read: right whichever implementation reads it."""
+    code = """
+import sys
+import lazyd.daemon
+early = "google.protobuf.text_format" in sys.modules
+from google.protobuf.internal import api_implementation
+from pathlib import Path
+from lazyd.image.directory import ImagesDirectory
+tasks = ImagesDirectory.open(Path(sys.argv[1])).read_pstree()
+print(api_implementation.Type(), early, [task.pid for task in tasks])
+"""
+    environment = os.environ | {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": implementation}
+    command = [sys.executable, "-c", code, str(REAL_IMAGES)]
+    said = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    pids = [task[0] for task in json.loads((REAL_IMAGES / "crit.json").read_text())["tasks"]]
+    assert said == f"{implementation} {implementation == 'python'} {pids}\n"
