@@ -21,7 +21,6 @@ from lazyd.errors import DumpError
 from lazyd.target.descriptors import (
     KCMP_FILES,
     KCMP_FS,
-    KCMP_VM,
     Descriptor,
     DescriptorKind,
     find_pipe_problems,
@@ -171,15 +170,6 @@ class Survey:
                     problems.append(Problem(f"thread {tid}", "has descriptors of its own (unshare)"))
                 if kcmp(self.pid, tid, KCMP_FS):
                     problems.append(Problem(f"thread {tid}", "has a working directory of its own (unshare)"))
-        parent = int(status_fields(self.pid)["PPid"])
-        for other in [parent, *children(self.pid)]:
-            with suppress(OSError):
-                if other and not kcmp(self.pid, other, KCMP_VM):
-                    problems.append(Problem("memory", f"shared with process {other} ({_name(other)}) (vfork or clone)"))
-                if other and not kcmp(self.pid, other, KCMP_FILES):
-                    problems.append(Problem("descriptors", f"shared with process {other} ({_name(other)}) (clone)"))
-                if other and not kcmp(self.pid, other, KCMP_FS):
-                    problems.append(Problem("directories", f"shared with process {other} ({_name(other)}) (clone)"))
         return problems
 
     def _of_mappings(self, mappings: list[Mapping]) -> list[Problem]:
@@ -199,17 +189,6 @@ class Survey:
     @staticmethod
     def _of_descriptors(descriptors: list[Descriptor]) -> list[Problem]:
         return [Problem(str(one), one.problem) for one in descriptors if one.problem]
-
-
-def find_traced(tids: Iterable[int]) -> list[Problem]:
-    """Say which processes are traced by these threads: all processes are asked, so it is done once, before a stop."""
-    tracers = frozenset(tids)
-    problems = []
-    for entry in os.listdir("/proc"):  # noqa: PTH208  names are wanted
-        with suppress(OSError, KeyError, ValueError):
-            if entry.isdigit() and int(status_fields(int(entry))["TracerPid"]) in tracers:
-                problems.append(Problem("ptrace", f"it traces process {entry} ({_name(int(entry))})"))
-    return problems
 
 
 def look_at_all(surveys: Sequence[Survey]) -> tuple[list[Look], list[Problem]]:

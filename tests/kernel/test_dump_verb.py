@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from kernel_harness import wait_until
+from kernel_harness import NEEDS_KTHREADD, wait_until
 
 from lazyd.target import tracing
 
@@ -254,7 +254,7 @@ def test_other_namespaces_are_refused(kind, tmp_path):
         (["dump", "--pid", "x", "-D", "x"], "invalid int value"),
         (["dump", "--pid", "-3", "-D", "x"], "not a pid"),
         (["dump", "--pid", "4194303", "-D", "x"], "there is no process"),
-        (["dump", "--pid", "2", "-D", "x"], "kernel thread"),
+        pytest.param(["dump", "--pid", "2", "-D", "x"], "kernel thread", marks=NEEDS_KTHREADD),
         (["dump", "--pid", "2", "-D", "x", "-R", "-s"], "one of them"),
         (["pre-dump", "--pid", "2", "-D", "x", "-s"], "leaves the process running"),
         (["dump", "--pid", "2", "-D", "x", "--track-mem"], "--leave-running"),

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from kernel_harness import STEADY_KINDS, STRESS, layout, wait_until
+from kernel_harness import NEEDS_KTHREADD, STEADY_KINDS, STRESS, layout, wait_until
 
 from lazyd.errors import DumpError
 from lazyd.target import tracing
@@ -166,7 +166,7 @@ def test_the_parent_of_a_vfork_is_refused(tmp_path):
     ("make", "words"),
     [
         (lambda _: 2**22 - 1, "there is no process"),
-        (lambda _: 2, "kernel thread"),
+        pytest.param(lambda _: 2, "kernel thread", marks=NEEDS_KTHREADD),
         (lambda _: os.getpid(), "lazyd itself"),
         (lambda victim: max(tracing.thread_ids(victim.pid)), "is a thread of process"),
     ],
