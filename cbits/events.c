@@ -131,6 +131,7 @@ static enum lz_truth registered(void *context, int child, uint64_t address)
 {
 	const struct question *question = context;
 	struct lz_task *task = question->task;
+	enum lz_truth answer = LZ_UNKNOWN;
 	int uffd, result;
 
 	if (child == LZ_BEFORE)
@@ -138,10 +139,12 @@ static enum lz_truth registered(void *context, int child, uint64_t address)
 												   LZ_REGISTERED;
 	uffd = child < 0 ? task->uffd : task->event[child].uffd;
 	result = lz_uffd_probe(uffd, address, LZ_PAGE_SIZE);
-	if (result == -EFAULT) /* with the page before it in one VMA? */
-		return lz_uffd_probe(uffd, address - LZ_PAGE_SIZE, 2 * LZ_PAGE_SIZE) == -EFAULT ? LZ_UNKNOWN :
-												  LZ_REGISTERED;
-	return result == -ENOENT ? LZ_NOT_REGISTERED : LZ_UNKNOWN;
+	if (result == -EFAULT && lz_uffd_probe(uffd, address - LZ_PAGE_SIZE, 2 * LZ_PAGE_SIZE) == -ENOENT)
+		answer = LZ_REGISTERED; /* and not with the page before it in one VMA */
+	else if (result == -ENOENT)
+		answer = LZ_NOT_REGISTERED;
+	/* A child runs, and its events are not read before it is adopted: what it has changed itself says nothing. */
+	return child >= 0 && lz_uffd_settled(uffd) ? LZ_UNKNOWN : answer;
 }
 
 /* Apply what is ordered, from where that has come to. */

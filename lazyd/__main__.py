@@ -1,8 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""`python -m lazyd` is `lazyd`."""
+"""`python -m lazyd`, and the command `lazyd`."""
 
+import _signal  # type: ignore[import-not-found]  # not signal: its import takes time, and a Ctrl-C in it is a trace
 import sys
 
-from lazyd.cli import main
+# Until what a verb needs is imported, an interrupt ends this process as it ends others: cli.main takes it from there.
+if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
-sys.exit(main())
+
+def run() -> int:
+    """Run the command line of this process."""
+    from lazyd.cli import main  # noqa: PLC0415  behind the above
+
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import NoReturn
 
-from lazyd.errors import LazydError, UsageError
+from lazyd.errors import LazydError, SystemCallError, UsageError
 
 _USAGE = """\
 lazyd [lazy-pages] -D DIR [options]   serve the memory of a restore; beside `criu restore --lazy-pages`
@@ -220,6 +221,23 @@ def _directory(given: argparse.Namespace) -> Path:
     return named[0]
 
 
+def _put(text: str) -> None:
+    """Write a line to standard output. A name that its encoding does not have is spelled with backslashes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output()
+        raise SystemCallError("writing to standard output", error.errno or 0) from error
+
+
+def _drop_output() -> None:
+    """Have what is still buffered flushed into nothing at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _show(given: argparse.Namespace) -> int:
     from lazyd.image.show import describe, render  # noqa: PLC0415  see the head of this module
 
@@ -227,9 +245,9 @@ def _show(given: argparse.Namespace) -> int:
     if given.json:
         import json  # noqa: PLC0415
 
-        print(json.dumps(description, indent=1))
+        _put(json.dumps(description, indent=1))
     else:
-        print(render(description))
+        _put(render(description))
     return 0
 
 
@@ -239,9 +257,9 @@ def _verify(given: argparse.Namespace) -> int:
     directory = _directory(given)
     findings = verify(directory)
     for finding in findings:
-        print(finding)
+        _put(str(finding))
     if not findings:
-        print(f"{directory}: good")
+        _put(f"{directory}: good")
     return 1 if findings else 0
 
 
@@ -329,7 +347,7 @@ def _run(arguments: Sequence[str]) -> int:
     if given.version:
         from lazyd.report import version  # noqa: PLC0415
 
-        print(f"lazyd {version()}")
+        _put(f"lazyd {version()}")
         return 0
     word = given.words[0] if given.words else _Verb.LAZY_PAGES.value
     if word in _WITH_OWN_OPTIONS:
@@ -358,6 +376,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     _fill_standard_streams()
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
         return code
@@ -365,9 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        # Whoever read our output has seen enough; what is still buffered must not be flushed into nothing at
-        # exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever read it has seen enough
         return 1
     except KeyboardInterrupt:
         return 1

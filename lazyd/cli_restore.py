@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -97,6 +98,7 @@ def run(
 ) -> int:
     """Run restore or rewind."""
     given = parse(arguments, spell_out, verbosity, rate)
+    gc.disable()  # all that is imported stays: to look for garbage in it takes a tenth of the start
 
     from lazyd.daemon import Announcement, Options, Restore, serve  # noqa: PLC0415  users of other verbs do not wait for it
     from lazyd.report import Log, Show  # noqa: PLC0415

@@ -30,7 +30,8 @@ from lazyd.report import (
     write_statistics,
 )
 from lazyd.restore_socket import Listener
-from lazyd.session import Session, Settings, hold_signals
+from lazyd.session import Session, Settings
+from lazyd.session.signals import hold_signals
 from lazyd.target import Attached
 from lazyd.uffd import check_permission
 
@@ -292,7 +293,8 @@ def _serve_rewound(options: Options, pid: int, log: Log, progress: Progress, sta
         return held[0]
 
     def after() -> None:
-        log.message(f"rewound {pid}; it was stopped for {human_seconds(held[0].stopped_s)}")
+        how_long = f"; it was stopped for {human_seconds(held[0].stopped_s)}" if held[0].stopped_s else ""
+        log.message(f"rewound {pid}{how_long}")
         if left := held[0].sweep():
             log.warning(left)
 
@@ -343,8 +345,10 @@ def _serve_held(options: Options, serving: _Serving, log: Log, progress: Progres
                     os.write(ready, b"\0")
                     os.close(ready)
                 if serving.after is not None:
-                    with contextlib.suppress(Exception):
+                    try:
                         serving.after()
+                    except Exception as error:  # what it leaves undone harms nobody
+                        log.error(f"{type(error).__name__}: {error}")
 
             def succeed(has_begun: bool) -> None:  # noqa: FBT001  that is what it is told
                 if has_begun:

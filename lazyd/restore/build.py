@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -80,7 +81,8 @@ class Restored:
         if puppet is None:
             return
         if stopped or self._plan.is_stopped:
-            puppet.stop()
+            with suppress(RestoreError, OSError):  # it was killed: nothing of it runs
+                puppet.stop()
         puppet.release()
         self.tasks = []
 
@@ -167,8 +169,5 @@ def restore_alone(images: Path, dialect: str, *, is_eager: bool, stopped: bool) 
         if is_eager and memory.extents.pages_by_kind()[Kind.REMOTE]:
             raise ImageError(images, f"pages of task {plan.pid} are only at a page server, and none is given")
         with Restored(plan, memory, is_eager=is_eager, is_registered=False) as restored:
-            try:
-                restored.release(stopped=stopped)
-            except OSError as error:
-                raise RestoreError(f"task {plan.pid} is gone: {os.strerror(error.errno or 0)}") from error
+            restored.release(stopped=stopped)
     return plan.pid, restored.warning

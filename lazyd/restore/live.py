@@ -25,6 +25,8 @@ from lazyd.target.tracing import status_fields, thread_ids
 _COMPARED_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_SYNC | os.O_DIRECT
 _KINDS = {REGULAR: DescriptorKind.FILE, PIPE: DescriptorKind.PIPE, TERMINAL: DescriptorKind.TERMINAL}
 _MAPS_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (...)([ps]) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+)\s*(.*)")
+_CAP_DAC_OVERRIDE, _CAP_SYS_PTRACE, _CAP_SYS_ADMIN = 1 << 1, 1 << 19, 1 << 21
+_CAP_SYS_RESOURCE, _CAP_CHECKPOINT_RESTORE = 1 << 24, 1 << 40
 _KERNEL_NAMES = {"[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]"}
 
 
@@ -136,6 +138,30 @@ def _check_descriptors(plan: Plan, descriptors: Sequence[Descriptor]) -> None:
             problems.append(f"{fd} ({one.path}) shares its open file with others than before")
     if problems:
         raise RestoreError(f"process {plan.pid} has other descriptors than when it was dumped: {'; '.join(problems)}")
+
+
+def check_rights(plan: Plan, staying: Staying) -> None:
+    """See that a task has the rights that it takes to go back: it does so itself."""
+    pid = plan.pid
+    capabilities = int(status_fields(pid)["CapEff"], 16)
+    missing = [thread.tid for thread in plan.threads if thread.tid not in thread_ids(pid)]
+    if missing and not capabilities & (_CAP_SYS_ADMIN | _CAP_CHECKPOINT_RESTORE):
+        raise RestoreError(
+            f"thread {missing[0]} of process {pid} is gone, and the process may not choose the id of another"
+        )
+    files = (Kind.PRIVATE_FILE, Kind.SHARED_FILE)
+    gone = [area for area in plan.vmas if area.kind in files and area not in staying.areas]
+    if gone and not capabilities & _CAP_DAC_OVERRIDE:
+        path = plan.files[gone[0].file].reg.name
+        raise RestoreError(f"process {pid} has unmapped {path}, and may not be allowed to open it again")
+    may_fault = Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "1"
+    if not capabilities & _CAP_SYS_PTRACE and not may_fault:
+        hint = "as root set vm.unprivileged_userfaultfd to 1"
+        raise RestoreError(f"process {pid} may not open a userfaultfd ({hint})")
+    hard = [line[26:].split()[1] for line in Path(f"/proc/{pid}/limits").read_text().splitlines()[1:]]
+    for number, limit in enumerate(plan.task.rlimits.rlimits):
+        if hard[number] != "unlimited" and limit.max > int(hard[number]) and not capabilities & _CAP_SYS_RESOURCE:
+            raise RestoreError(f"process {pid} has lowered its hard limit {number}, and may not raise it again")
 
 
 class Staying(NamedTuple):

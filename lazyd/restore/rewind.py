@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from lazyd.errors import DumpError, LazydError, RestoreError, SystemCallError
 from lazyd.image import Kind, load_shared
 from lazyd.restore import memory as memories
 from lazyd.restore.build import dress, make_threads, open_userfaultfd
-from lazyd.restore.live import Live, Staying, check_before, check_stopped, find_staying, read_live
+from lazyd.restore.live import Live, Staying, check_before, check_rights, check_stopped, find_staying, read_live
 from lazyd.restore.memory import Memory, Opened
 from lazyd.restore.plan import REGULAR, Plan
 from lazyd.restore.vma import Area
@@ -52,6 +53,7 @@ _ALL_SIGNALS = bytes([0xFF] * 8)
 _TABLE_BYTES = 2 << 20  # what one table of pages covers
 _SLICE_BYTES = 16 << 20
 _PAUSE_S = 0.002
+_MOST_FAILURES = 10
 
 
 class _Slice(NamedTuple):
@@ -80,12 +82,14 @@ class Rewound:
             check_stopped(plan)
             timers = [timer.number for timer in list_timers(plan.pid)]
             live = read_live(plan.pid)
+            staying = find_staying(plan, live)
+            check_rights(plan, staying)
             ranges = [(one.start, one.end) for one in live] + [(area.start, area.end) for area in plan.vmas]
             workshop = find_workshop(ranges)
             self._puppet = Puppet.take_over(stopped, workshop)
             ranges.append((workshop, workshop + WORKSHOP_BYTES))
             try:
-                self._rewind(self._puppet, live, ranges, timers)
+                self._rewind(self._puppet, staying, live, ranges, timers)
             except BaseException as error:
                 self.close()
                 if isinstance(error, OSError):
@@ -97,10 +101,14 @@ class Rewound:
                 raise RestoreError(f"process {plan.pid} was ended: half way back, {reason}") from error
 
     def _rewind(
-        self, puppet: Puppet, live: Sequence[Live], ranges: list[tuple[int, int]], timers: Sequence[int]
+        self,
+        puppet: Puppet,
+        staying: Staying,
+        live: Sequence[Live],
+        ranges: list[tuple[int, int]],
+        timers: Sequence[int],
     ) -> None:
         plan = self._plan
-        staying = find_staying(plan, live)
         self._forget_signals(puppet, timers)
         self._end_threads(puppet)
         self._move_aside(puppet, live, ranges)
@@ -211,34 +219,47 @@ class Rewound:
         if puppet is None:
             return
         if self._plan.is_stopped:
-            puppet.stop()
+            with suppress(RestoreError, OSError):  # it was killed: nothing of it runs
+                puppet.stop()
         puppet.release()
         self.stopped_s = time.monotonic() - self._began
         self.tasks = []
 
     def sweep(self) -> str:
         """Free, while the task runs, what was moved aside; return what is to be said if that cannot be."""
-        pid = self._plan.pid
+        failures = 0
         while self._aside:
-            time.sleep(_PAUSE_S)
-            area = self._aside[-1]
-            start = max(area.start, area.end - _SLICE_BYTES)
+            time.sleep(_PAUSE_S * (1 + failures))
             try:
-                with StoppedTask(pid) as stopped:
-                    found = [one for one in read_live(pid) if one.start <= start and area.end <= one.end]
-                    if _program(pid) != self._program or len(found) != 1 or not found[0].is_private_memory:
-                        return ""  # another program by now: its memory went with the one before
-                    with RemoteCalls(pid, stopped.leader, find_room(stopped)) as calls:
-                        calls.run(Call(_SYS_MUNMAP, (start, area.end - start)))
-            except (DumpError, SystemCallError, OSError) as error:
-                if not os.path.exists(f"/proc/{pid}"):  # noqa: PTH110  quick
+                if not self._sweep_slice():
                     return ""
-                left = sum(one.end - one.start for one in self._aside) >> 20
-                return f"task {pid} keeps up to {left} MiB that it had before: {error}"
-            self._aside[-1] = _Slice(area.start, start)
-            if start == area.start:
-                self._aside.pop()
+                failures = 0
+            except (DumpError, SystemCallError, OSError) as error:
+                if not os.path.exists(f"/proc/{self._plan.pid}"):  # noqa: PTH110  quick
+                    return ""
+                failures += 1
+                if failures == _MOST_FAILURES:
+                    left = sum(one.end - one.start for one in self._aside) >> 20
+                    return f"task {self._plan.pid} keeps up to {left} MiB that it had before: {error}"
         return ""
+
+    def _sweep_slice(self) -> bool:
+        """Free one slice; False if the task has become another program, whose memory is none of ours."""
+        pid, area = self._plan.pid, self._aside[-1]
+        start = max(area.start, area.end - _SLICE_BYTES)
+        with StoppedTask(pid) as stopped:
+            if _program(pid) != self._program:
+                return False
+            found = [one for one in read_live(pid) if one.start < area.end and start < one.end]
+            if any(one.start < area.start or one.end > area.end or not one.is_private_memory for one in found):
+                return False
+            if found:  # or it was freed by a call whose end was not seen
+                with RemoteCalls(pid, stopped.leader, find_room(stopped)) as calls:
+                    calls.run(Call(_SYS_MUNMAP, (start, area.end - start)))
+        self._aside[-1] = _Slice(area.start, start)
+        if start == area.start:
+            self._aside.pop()
+        return True
 
     def close(self) -> None:
         """Give up: the task is ended. Does nothing after release()."""

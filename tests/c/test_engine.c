@@ -47,7 +47,7 @@
 		}                                                                                                      \
 	} while (0)
 
-enum op { NOP, READ, WRITE, DROP, FREE, WIPE, MOVE, UNMAP, MAP, FORK, EXIT, CALL };
+enum op { NOP, READ, WRITE, DROP, FREE, WIPE, MOVE, GROW, UNMAP, MAP, FORK, EXIT, CALL };
 
 struct slot { /* one victim thread */
 	volatile int op;
@@ -203,6 +203,9 @@ static void obey(struct slot *slot)
 		slot->result = to == MAP_FAILED ? (uint64_t)errno : 0;
 		break;
 	}
+	case GROW: /* in place, from `to` bytes */
+		slot->result = mremap(at, slot->to, slot->length, 0) == at ? 0 : (uint64_t)errno;
+		break;
 	case UNMAP:
 		slot->result = munmap(at, slot->length) ? (uint64_t)errno : 0;
 		break;
@@ -644,6 +647,46 @@ static void test_drop_and_fork(void)
 	tear_down();
 }
 
+/* A VMA loses its end, grows again and is forked before anything has settled: in the child that end is new memory. */
+static void test_shrink_grow_and_fork(void)
+{
+	set_up(PLAIN(LZ_FILL_OFF));
+	arm("event-kept", UFFD_EVENT_UNMAP);
+	begin(&control->slot[0], UNMAP, BASE + 40 * PAGE, 0, 24 * PAGE);
+	CHECK(reached());
+	CHECK(finish(&control->slot[0]) == 0);
+	CHECK(run(0, GROW, BASE, 40 * PAGE, 64 * PAGE) == 0);
+	begin(&control->slot[0], FORK, 0, 0, 0);
+	CHECK(blocks(&control->slot[0]));
+	let_go();
+	CHECK(finish(&control->slot[0]) == 0);
+	for (uint32_t i = 36; i < 64; i++)
+		CHECK(run_child(READ, BASE + i * PAGE, 0, 0) == (i < 40 ? word_at(BASE + i * PAGE) : 0));
+	tear_down();
+}
+
+/* A child changes its memory, and its parent the same, before it is known what the child has: that is all but this. */
+static void test_fork_and_unmap_in_both(void)
+{
+	set_up(PLAIN(LZ_FILL_OFF));
+	arm("event-kept", UFFD_EVENT_FORK);
+	begin(&control->slot[0], FORK, 0, 0, 0);
+	CHECK(reached());
+	CHECK(finish(&control->slot[0]) == 0);
+	begin(&control->child, UNMAP, BASE + 20 * PAGE, 0, PAGE);
+	CHECK(blocks(&control->child));
+	begin(&control->slot[1], UNMAP, BASE + 20 * PAGE, 0, 8 * PAGE);
+	CHECK(blocks(&control->slot[1]));
+	let_go();
+	CHECK(finish(&control->child) == 0);
+	CHECK(finish(&control->slot[1]) == 0);
+	for (uint32_t i = 21; i < 32; i++)
+		CHECK(run_child(READ, BASE + i * PAGE, 0, 0) == word_at(BASE + i * PAGE));
+	check_pages(BASE, BASE, 0, 20, 64);
+	check_pages(BASE, BASE, 28, 64, 64);
+	tear_down();
+}
+
 /* Memory that a fork wipes: zeros in the child, whether its page was in or not; the parent keeps its own. */
 static void test_wiped_on_fork(void)
 {
@@ -979,6 +1022,8 @@ int main(int argc, char **argv)
 		TEST(test_copy_and_unmap),
 		TEST(test_copy_and_fork),
 		TEST(test_drop_and_fork),
+		TEST(test_shrink_grow_and_fork),
+		TEST(test_fork_and_unmap_in_both),
 		TEST(test_wiped_on_fork),
 		TEST(test_hand_back),
 		TEST(test_hand_back_and_move),

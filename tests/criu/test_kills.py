@@ -54,6 +54,7 @@ class Killer(threading.Thread):
 @pytest.mark.parametrize(
     ("offices", "scenario"), [*zip(KILLED, SCENARIOS, strict=True)], ids=["-".join(one) for one in KILLED]
 )
+@pytest.mark.timeout(120 * STRESS)
 def test_a_real_restore_outlives_any_two(suite, offices, scenario, dumped, tmp_path):
     saved = dumped(suite, scenario)
     for number in range(STRESS):

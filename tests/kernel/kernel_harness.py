@@ -197,6 +197,7 @@ class Skeleton:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            bufsize=0,  # a line that is heard must not take the next along, which wait() returns
         )
 
     @property

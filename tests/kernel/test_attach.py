@@ -8,6 +8,7 @@ thread `lazy`, each word of an area that is empty when lazyd comes.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -32,7 +33,7 @@ from kernel_harness import (
     task_state,
     wait_until,
 )
-from process_harness import command_name
+from process_harness import KILLED, family_in, is_whole_again, kill_offices
 
 from lazyd.errors import AttachError, LazydError
 from lazyd.image import load
@@ -67,17 +68,17 @@ def images(tmp_path_factory):
 class Serving:
     """A lazyd that was told to attach."""
 
-    def __init__(self, images, pid, *words, image_pid=IMAGE_PID):
+    def __init__(self, images, folder, pid, *words, image_pid=IMAGE_PID):
         command = [sys.executable, "-m", "lazyd", "-D", str(images), "--pid", str(pid), "--no-progress", "-v4"]
         if image_pid:
             command += ["--image-pid", str(image_pid)]
-        self.process = subprocess.Popen([*command, *words], stderr=subprocess.PIPE, text=True)
+        self.folder = folder
+        self.process = subprocess.Popen([*command, *words], stderr=subprocess.PIPE, text=True, cwd=folder)
         self.output = ""
 
-    def server(self):
-        """The process that serves; None before there is one."""
-        found = [pid for pid in descendants(self.process.pid) if command_name(pid) == "lazyd-server"]
-        return found[0] if found else None
+    def family(self):
+        """The processes that keep and serve, by office; see process_harness."""
+        return family_in(self.folder, self.process.pid if self.process.poll() is None else 0)
 
     def wait_attached(self):
         """Wait until the task runs and is served."""
@@ -93,21 +94,22 @@ class Serving:
 
     def close(self):
         """End it and what it has made."""
-        for pid in [*descendants(self.process.pid), self.process.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                if self.process.poll() is None:
-                    os.kill(pid, signal.SIGKILL)
+        while family := self.family():
+            kill_offices(family, family)
+            time.sleep(0.001)
         self.process.wait()
         self.process.stderr.close()
 
 
 @pytest.fixture
-def serve(images):
+def serve(images, tmp_path):
     """Start daemons that are gone when the test is over."""
     running = []
 
     def serve(pid, *words, of=None, **more):
-        running.append(Serving(of or images, pid, *words, **more))
+        folder = tmp_path / f"serving{len(running)}"
+        folder.mkdir()
+        running.append(Serving(of or images, folder, pid, *words, **more))
         return running[-1]
 
     yield serve
@@ -292,8 +294,8 @@ def test_the_serving_process_is_killed(start, serve):
         (victim.state / "served").touch()
         daemon = serve(victim.pid, "--fill", "off")
         daemon.wait_attached()
-        wait_until(lambda of=daemon: of.server(), "a process that serves")
-        child = daemon.server()
+        wait_until(lambda of=daemon: "server" in of.family(), "a process that serves")
+        child = daemon.family()["server"]
         if number % 2:
             os.kill(victim.pid, signal.SIGCONT)
             time.sleep(random.uniform(0, 0.005))
@@ -304,6 +306,30 @@ def test_the_serving_process_is_killed(start, serve):
         assert daemon.wait() == 0, daemon.output
         resumed += "another goes on" in daemon.output
     assert resumed >= 3 * STRESS
+
+
+@pytest.mark.parametrize("offices", KILLED, ids="-".join)
+def test_any_two_that_attached_are_killed_at_once(start, serve, offices, tmp_path):
+    for number in range(STRESS):
+        victim = start("registers", "lazy")
+        stop(victim.pid)
+        (victim.state / "served").touch()
+        statistics = tmp_path / f"stats{number}.json"
+        pidfile = tmp_path / f"lazy{number}.pid"
+        daemon = serve(victim.pid, "--fill", "off", "--stats", str(statistics), "--pidfile", str(pidfile))
+        daemon.wait_attached()
+        wait_until(lambda of=daemon: len(of.family()) == 3, "all three")
+        before = daemon.family()
+        os.kill(victim.pid, signal.SIGCONT)
+        time.sleep(random.uniform(0, 0.005))
+        kill_offices(before, offices)
+        wait_until(lambda of=daemon, was=before: is_whole_again(of.family(), was, offices), "others")
+        assert victim.finish() == "ok\n", daemon.output
+        assert daemon.wait() == (-signal.SIGKILL if "keeper" in offices else 0), daemon.output
+        assert json.loads(statistics.read_text())["exit_code"] == 0, daemon.output
+        pid = int(pidfile.read_text())
+        # It may have been done before another keeper was needed.
+        assert (pid == before["keeper"]) is (f"the keeper {before['keeper']} died" not in daemon.output)
 
 
 # ---- what is refused ----

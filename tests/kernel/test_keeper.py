@@ -4,14 +4,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import signal
 import time
 
 import pytest
-from kernel_harness import BASE, PID, STRESS, full, hand_over, memory, sparse, wait_until
-from process_harness import KILLED, is_whole_again, kill_offices
+from kernel_harness import BASE, PID, STRESS, full, hand_over, memory, sparse, task_state, wait_until
+from process_harness import KILLED, command_name, is_whole_again, kill_offices
+
+from lazyd import keeper
+from lazyd.errors import SystemCallError
+from lazyd.restore_socket import Connection, Listener
+from lazyd.session import Session
+from lazyd.uffd import Engine, SharedWords
 
 STEPS = {
     "sweep": ["sweep", "random", "2"],
@@ -54,16 +61,15 @@ def test_the_server_is_killed_at_any_moment(stage, steps, fill):
         assert daemon.wait() == 0, daemon.output
 
 
-@pytest.mark.parametrize("fill", ["full", "off"])
 @pytest.mark.parametrize("offices", KILLED, ids="-".join)
-def test_any_two_are_killed_at_once_at_any_moment(stage, offices, fill):
+def test_any_two_are_killed_at_once_at_any_moment(stage, offices):
     stage.build({PID: VMAS})
     statistics = stage.folder / "stats.json"
     for number in range(STRESS):
         statistics.unlink(missing_ok=True)
-        daemon = stage.start_daemon("--fill", fill, "--stats", str(statistics))
-        daemon.whole_family()
         dice = random.Random(number)
+        daemon = stage.start_daemon("--fill", ("full", "off")[number % 2], "--stats", str(statistics))
+        daemon.whole_family()
         steps = dice.choice(list(STEPS.values()))
         skeleton = stage.start_skeleton(
             *hand_over(VMAS, PID), "seed", str(number), "finish", "hangup", "say", "runs", *steps
@@ -121,6 +127,109 @@ def test_a_server_killed_during_the_handshake_is_replaced(stage, cut):
     assert skeleton.wait() == (0, "ok\n"), daemon.output
     skeleton.close()
     assert daemon.wait() == 0, daemon.output
+
+
+def test_tasks_are_stopped_when_no_process_can_be_made_to_serve_them(stage):
+    """And as soon as one can be, it gives up in order: SIGBUS where a byte is missing, never zeros."""
+    forbidden = stage.folder / "no-forks"
+    real = keeper.fork_keeping_fds
+
+    def fork():
+        if forbidden.exists():
+            raise SystemCallError("clone", errno.EAGAIN)
+        return real()
+
+    def prepare():
+        keeper.fork_keeping_fds = fork
+        keeper._HALT_AFTER_S = 0.2
+
+    vmas = [full(BASE, 256)]
+    touch = ["await", "bus", hex(BASE), "256", "sweep", "random", "1"]
+    memory_steps = [*memory(vmas), "open", "connect", "announce", "0", "finish", "hangup"]
+    skeleton = stage.start_skeleton("await", *memory_steps, "say", "runs", *touch)
+    stage.build({skeleton.pid: vmas})
+    daemon = stage.start_daemon("--fill", "off", prepare=prepare)
+    skeleton.go_on()
+    skeleton.heard("runs")
+    daemon.wait_for_line("restore finished")
+    daemon.whole_family()
+    forbidden.touch()
+    kill_server(daemon)
+    wait_until(lambda: task_state(skeleton.pid) == "T", f"the task to stop; the daemon said:\n{daemon.output}")
+    assert daemon.poll() is None
+    assert "no process can be made to serve" in daemon.output
+    forbidden.unlink()
+    assert daemon.wait() == 1, daemon.output
+    os.kill(skeleton.pid, signal.SIGCONT)
+    skeleton.go_on()
+    assert skeleton.wait() == (0, "ok\n"), daemon.output
+
+
+def dying_at(step, offices):
+    """Have the first server kill offices, its own the last, when it comes to a step; before and after each is one."""
+    words = SharedWords(1)
+
+    def count():
+        if command_name(os.getpid()) != "lazyd-server":
+            return
+        words[0] = words[0] + 1 if words[0] < step else step + 1
+        if words[0] == step:
+            words[0] = step + 1
+            if "keeper" in offices:
+                os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def surround(owner, name):
+        real = getattr(owner, name)
+
+        def wrapper(*arguments, **more):
+            count()
+            result = real(*arguments, **more)
+            count()
+            return result
+
+        setattr(owner, name, wrapper)
+
+    def prepare():
+        for owner, names in {
+            Connection: ("receive", "_peek", "_receive", "close"),
+            Listener: ("accept", "close", "unlink"),
+            Engine: ("attach", "finish_restore", "start", "resume"),
+            Session: ("_note_connection", "_hang_up", "_restore_finished", "_finish", "_announce"),
+        }.items():
+            for name in names:
+                surround(owner, name)
+
+    return prepare, words
+
+
+@pytest.mark.parametrize("offices", [("server",), ("server", "keeper")], ids="-".join)
+@pytest.mark.parametrize("part", range(3))
+def test_the_server_dies_at_every_step_of_a_handshake(stage, offices, part):
+    """All steps if LAZYD_STRESS is 5 or more; else one in five, others in every part."""
+    other = [full(BASE + (1 << 28), 16)]
+    stage.build({PID: VMAS, PID + 1: other}, zombies=[PID + 2])
+    statistics = stage.folder / "stats.json"
+    child = ["child", *memory(other), "open", "announce", str(PID + 1), "ready", "sweep", "random", "1", "end"]
+    steps = ["connect", *child, *memory(VMAS), "open", "announce", str(PID), "pid", str(-PID - 2), "finish", "hangup"]
+    every = 1 if STRESS >= 5 else 5
+    for step in range(1 + part * every // 3 + part, 200, every * 3):
+        statistics.unlink(missing_ok=True)
+        prepare, words = dying_at(step, offices)
+        daemon = stage.start_daemon("--stats", str(statistics), prepare=prepare)
+        skeleton = stage.start_skeleton(*steps, "sweep", "random", "1")
+        result = skeleton.wait()
+        assert result == (0, "ok\n"), f"step {step}: {result}\n{daemon.output}"
+        skeleton.close()
+        wait_until(lambda daemon=daemon: not daemon.family(), f"the end, step {step}; it said:\n{daemon.output}")
+        daemon.wait()
+        if statistics.exists():  # else it died when all was done and said
+            assert stage.statistics()["exit_code"] == 0, f"step {step}\n{daemon.output}"
+        if words[0] < step:
+            break
+    else:
+        raise AssertionError("a handshake of more steps than that")
+    assert step > 30
 
 
 def test_what_lies_unread_when_the_server_is_killed_is_read_by_the_next(stage):

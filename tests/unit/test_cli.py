@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -295,3 +297,23 @@ def test_show_of_nothing_is_one_line(capsys, tmp_path):
     error = capsys.readouterr().err
     assert str(tmp_path / "none") in error
     assert len(error.splitlines()) == 1
+
+
+def run_command(words, **more):
+    """Run the command that users type; what it has said on stderr, and its exit code."""
+    run = subprocess.run([sys.executable, "-m", "lazyd", *words], stderr=subprocess.PIPE, check=False, **more)
+    return run.stderr.decode(), run.returncode
+
+
+@pytest.mark.parametrize("words", [["show"], ["show", "--json"], ["verify"]])
+def test_output_that_finds_no_room_is_one_line_and_exit_1(words, tmp_path):
+    build_checkpoint(tmp_path / "images", [Task(100, [Entry(0x10000, 1)])])
+    with open("/dev/full", "wb") as full:  # noqa: PTH123  a device
+        said = run_command([*words, str(tmp_path / "images")], stdout=full)
+    assert said == ("writing to standard output: ENOSPC, no space left on device\n", 1)
+
+
+def test_a_name_that_is_no_text_can_be_written_about(tmp_path):
+    images = tmp_path / os.fsdecode(b"bad\xffname")
+    build_checkpoint(images, [Task(100, [Entry(0x10000, 1)])])
+    assert run_command(["verify", str(images)], stdout=subprocess.DEVNULL) == ("", 0)

@@ -110,7 +110,7 @@ static void *work(void *argument)
 		counts[number]++;
 		if (own != number * 77)
 			fail("worker %zu: its own is %lu", number, own);
-		if (number % 2)
+		if (number % 2 || counts[number] % 256 == 0)
 			usleep(500);
 	}
 	return NULL;
@@ -350,6 +350,9 @@ int main(int argc, char **argv)
 	say("result", "ok\n");
 	change_all();
 	say("changed", "");
-	for (volatile uint64_t i = 0;; i++)
+	for (volatile uint64_t i = 0;; i++) {
 		memset(large + i % (large_bytes / PAGE) * PAGE, (int)i, 8);
+		if (i % 256 == 0)
+			usleep(500);
+	}
 }

@@ -14,6 +14,10 @@ How it ends, in the order of what is asked first:
 - a signal later: the fill is finished first, without a limit, and the end is as above. A second one within
   five seconds: the tasks that still depend on us are stopped with SIGSTOP and what is missing is poisoned, so
   that one that is continued gets SIGBUS where a byte is missing, and never zeros; 1.
+
+Every process of the family (see keeper) has its copy of a session; what they share is the engine's arena and a few
+words: the restorer's connection, how far the handshake has come, whether anything failed. This module is longer than
+others because all of it is one object's state, moved on by one loop.
 """
 
 from __future__ import annotations
@@ -21,18 +25,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 import selectors
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import NamedTuple
 
-from lazyd.errors import ImageError, LazydError, ProtocolError, RestoreError, SystemCallError
-from lazyd.image import Checkpoint, Kind, load
+from lazyd.errors import LazydError, ProtocolError, RestoreError, SystemCallError
+from lazyd.image import Checkpoint, load
 from lazyd.keeper import Guard, Life
 from lazyd.report import Log, Moments, Outcome, Progress
 from lazyd.restore_socket import (
@@ -47,32 +50,29 @@ from lazyd.restore_socket import (
     TaskUffd,
     Zombie,
 )
-from lazyd.target import Attached, Expected, Target, descendants, find_run_pid, waits_for_userfaults
+from lazyd.session.held import HeldTasks, stop_unheld, task_infos
+from lazyd.session.prepared import prepare
+from lazyd.session.signals import SIGNALS, signals_as_bytes
+from lazyd.target import Attached, Expected, find_run_pid
 from lazyd.uffd import (
     Descriptor,
     Engine,
     Fill,
     Notice,
     NoticeKind,
-    OnFork,
-    Served,
     SharedWords,
-    TaskInfo,
     TaskStatus,
 )
 from lazyd.units import PAGE_SIZE, human_bytes
 
 SECOND_SIGNAL_S = 5.0
-_CONNECTION, _HANDSHAKE, _ACCEPTED = 0, 1, 2
+_CONNECTION, _HANDSHAKE, _ACCEPTED, _FAILED = range(4)
 """Words shared with the processes after this one: the connection's descriptor, 0 without one; how far it has come;
-the listening descriptor plus 1, once it is not needed any more."""
+the listening descriptor plus 1, once it is not needed any more; 1: the exit code is not 0, whatever follows."""
 ALONE_S = 0.2
 """How long a keeper may take to be replaced by its standby, before the server makes one."""
 SAME_SIGNAL_S = 0.25
-_OWN_DESCRIPTORS = 32
-"""What is opened later, beside the tasks' own: those of the keeping, the connection, some for forks and for reading."""
 _USERFAULTFD = "anon_inode:[userfaultfd]"
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
 
 class Settings(NamedTuple):
@@ -87,14 +87,6 @@ class Settings(NamedTuple):
     fill_rate: int
     workers: int
     attach: frozenset[int] | None = None
-
-
-def hold_signals() -> None:
-    """Let the signals that would end the daemon wait until run() takes them.
-
-    Who is told that we listen may send one at once, or a task: neither may be lost in between.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
 class _End(Enum):
@@ -112,17 +104,8 @@ class Session:
         self._settings = settings
         self._log = log
         self._progress = progress
-        self._tasks: dict[int, int] = {}
-        """Image pid to the engine's number, of the tasks that have not been announced yet."""
-        self._zombies: set[int] = set()
         self._announced: set[int] = set()
         self._to_attach: Sequence[Attached] = ()
-        self.expected: dict[int, Expected] = {}
-        """What is needed to attach to a task, by image pid."""
-        self._targets: dict[int, Target] = {}
-        self._source_paths: list[Path] = []
-        self._dialect: str | None = None
-        self._chain_depth: int | None = None
         self._moments = Moments()
         self._problems: list[str] = []
         self._reason: str | None = None
@@ -131,20 +114,23 @@ class Session:
         self._end: _End | None = None
         # Not epoll: its state would be shared with, and left behind by, a process that dies (see keeper).
         self._selector = selectors.PollSelector()
-        self._shared = SharedWords(3)
+        self._shared = SharedWords(4)
         self._connection: Connection | None = None
         self._guard: Guard | None = None
         self._alone_since: float | None = None
         # Before the images: it raises the limit of open files, and a long chain has many of them.
         self._engine = Engine(workers=settings.workers, fill=settings.fill, fill_rate=settings.fill_rate)
+        self._held = HeldTasks(self._engine)
         self._checkpoint: Checkpoint | None = None
         """Kept open as long as somebody reads the images beside the engine: until what is attached to is."""
         try:
             self._checkpoint = load(settings.images, settings.dialect)
-            self._prepare(self._checkpoint)
+            self._prepared = prepare(self._engine, self._checkpoint, settings.attach)
+            self._tasks = dict(self._prepared.tasks)
+            """Image pid to the engine's number, of the tasks that have not been announced yet."""
             if settings.attach is None:
                 self._close_images()
-            self._check_descriptors()
+            self._moments = self._moments._replace(loaded=log.elapsed())
         except BaseException:
             self.close()
             raise
@@ -162,9 +148,7 @@ class Session:
         self._close_images()
         if self._connection is not None:
             self._connection.close()
-        for target in self._targets.values():
-            target.close()
-        self._targets.clear()
+        self._held.close()
         self._selector.close()
         self._engine.close()
 
@@ -172,90 +156,25 @@ class Session:
         checkpoint, self._checkpoint = self._checkpoint, None
         if checkpoint is not None:
             checkpoint.close()
-        self.expected.clear()
 
-    def _prepare(self, checkpoint: Checkpoint) -> None:
-        wanted = self._settings.attach
-        if wanted is not None:
-            self._expect(checkpoint, wanted)
-        for task in checkpoint.tasks:
-            remote = task.extents.pages_by_kind()[Kind.REMOTE]
-            if remote:
-                reason = f"{remote} pages of task {task.pid} are only at a page server, and none is given"
-                raise ImageError(checkpoint.path, reason)
-        for source in checkpoint.sources:
-            self._engine.add_source(source.fd)
-            self._source_paths.append(source.path)
-        # Taken out one by one: the engine has a copy of its own, and a table can be hundreds of megabytes.
-        tasks, checkpoint.tasks = checkpoint.tasks, []
-        pages = 0
-        while tasks:
-            task = tasks.pop(0)
-            if task.is_zombie:
-                self._zombies.add(task.pid)
-                continue
-            ranges = [
-                Served(vma.start, vma.end, OnFork.ZEROS if vma.is_wiped_on_fork else OnFork.COPY)
-                for vma in task.vmas
-                if vma.is_lazy
-            ]
-            number = self._engine.prepare(task.pid, task.extents.buffer, ranges)
-            self._tasks[task.pid] = number
-            pages += self._engine.task(number).image_pages
-        self._dialect = checkpoint.dialect.value
-        self._chain_depth = checkpoint.depth
-        self._moments = self._moments._replace(loaded=self._log.elapsed())
-        self._loaded = (
-            f"{checkpoint.path}: {len(self._tasks)} tasks and {len(self._zombies)} zombies,"
-            f" {human_bytes(pages * PAGE_SIZE)} to serve lazily, from {len(self._source_paths)} pages images"
-            f" in a chain of {checkpoint.depth}; {checkpoint.dialect.value} ({checkpoint.dialect_reason})"
-        )
-
-    def _check_descriptors(self) -> None:
-        """Refuse to begin what would end for lack of descriptors, with tasks that depend on it.
-
-        The engine has raised the limit as far as it may be. Every task's userfaultfd is open until all are restored.
-        """
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        try:
-            needed = len(os.listdir("/proc/self/fd")) + _OWN_DESCRIPTORS + len(self._tasks)  # noqa: PTH208  only counted
-        except OSError as error:
-            raise SystemCallError("counting open files", error.errno or 0) from error
-        if needed > limit:
-            tasks = f"{len(self._tasks)} task{'' if len(self._tasks) == 1 else 's'}"
-            raise LazydError(
-                f"{tasks}: {needed} open files are needed, and the limit is {limit} (raise it: ulimit -n {needed})"
-            )
-
-    def _expect(self, checkpoint: Checkpoint, wanted: frozenset[int]) -> None:
-        """Leave of the images only what is attached to, and keep what its tasks must look like."""
-        from lazyd.image.directory import ImagesDirectory  # noqa: PLC0415  few attach
-
-        checkpoint.tasks = [task for task in checkpoint.tasks if task.pid in wanted]
-        if missing := sorted(wanted - {task.pid for task in checkpoint.tasks if not task.is_zombie}):
-            raise ImageError(checkpoint.path, f"no task {missing[0]} with memory in it; --image-pid names another")
-        directory = ImagesDirectory.open(checkpoint.path)
-        try:
-            for task in checkpoint.tasks:
-                program = directory.read_program(task.pid)
-                filled = task.extents.filled_by_restorer()
-                sources = [source.fd for source in checkpoint.sources]
-                self.expected[task.pid] = Expected(task.pid, task.vmas, filled, program, task.extents, sources)
-        finally:
-            directory.close()
+    @property
+    def expected(self) -> Mapping[int, Expected]:
+        """What is needed to attach to a task, by image pid; until note_attached."""
+        return self._prepared.expected
 
     def note_attached(self, tasks: Sequence[Attached]) -> None:
         """Take over tasks that are attached to; they are served as soon as this runs."""
         self._to_attach = list(tasks)
         self._close_images()
+        self._prepared.expected.clear()
         self._moments = self._moments._replace(listening=self._log.elapsed())
-        self._log.info(self._loaded)
+        self._log.info(self._prepared.said)
 
     def note_listening(self) -> None:
         """Tell those who wait for the socket."""
         self._moments = self._moments._replace(listening=self._log.elapsed())
         self._log.message(f"listening on {SOCKET_NAME}")
-        self._log.info(self._loaded)
+        self._log.info(self._prepared.said)
 
     def run(self, listener: Listener | None, guard: Guard) -> Outcome:
         """Serve one restorer, or what was attached to, to the end.
@@ -282,12 +201,14 @@ class Session:
         """Go on in the place of a process that died; this one is a copy of another in which no thread runs."""
         self._guard = guard
         self._forget()
-        for info in self._task_infos():
+        if self._shared[_FAILED] and self._reason is None:
+            self._reason = "something failed before the serving process died"
+        for info in task_infos(self._engine):
             if info.status is not TaskStatus.PREPARED and self._tasks.pop(info.image_pid, None) is not None:
                 self._announced.add(info.image_pid)
         if life is Life.LAST:  # before what the others may have died of
-            self._find_targets()
-            for pid in [*self._stop_untaken_tasks(), *self._stop_known_tasks()]:
+            self._held.find()
+            for pid in [*self._stop_untaken_tasks(), *self._held.stop_all()]:
                 self._log.debug(f"pid {pid} is stopped")
         served = self._engine.resume()
         self._engine.start()
@@ -296,13 +217,17 @@ class Session:
             self._fail(f"the serving process died again and again: stopping {served} tasks and giving up")
             self._stop_tasks()
             return self._finish()
-        self._find_targets()  # behind what must have a descriptor
+        self._held.find()  # behind what must have a descriptor
         if not self._engine.is_finished:
             self._log.warning(f"going on in the middle of a restore, {served} tasks handed over so far")
             self._resume_handshake(listener)
             return self._serve_to_the_end()
         self._is_finished = True
-        for number, info in enumerate(self._task_infos()):
+        if connection := self._shared[_CONNECTION]:  # it died before it had closed it
+            self._shared[_CONNECTION] = 0
+            os.close(connection)
+        self._miss_tasks()
+        for number, info in enumerate(task_infos(self._engine)):
             if info.status is TaskStatus.FAILED:  # its notice may have died unread
                 self._fail(f"{self._name(number)}: could not be served to the end")
         self._log.warning(f"going on with {served} tasks, left by a process that died")
@@ -316,21 +241,14 @@ class Session:
         if self._connection is not None:
             self._connection.forget()
             self._connection = None
-        self._targets.clear()
+        self._held.forget()
         self._alone_since = None
-
-    def _find_targets(self) -> None:
-        """Hold the tasks that are served, so that they can be stopped."""
-        for number, info in enumerate(self._task_infos()):
-            if info.run_pid and info.status in (TaskStatus.SERVING, TaskStatus.FAILED):
-                with contextlib.suppress(OSError):
-                    self._targets[number] = Target(info.run_pid)
 
     def halt(self) -> None:
         """Stop the tasks: nobody can be made to serve them. In a process that does not serve."""
-        self._targets.clear()
-        self._find_targets()
-        stopped = [*self._stop_untaken_tasks(), *self._stop_known_tasks()]
+        self._held.forget()
+        self._held.find()
+        stopped = [*self._stop_untaken_tasks(), *self._held.stop_all()]
         self._log.warning(f"stopped: {', '.join(map(str, stopped))}")
 
     def sweep(self, at_first: frozenset[int], kept: frozenset[int], listener: Listener | None) -> None:
@@ -346,7 +264,7 @@ class Session:
         due = handshake.due_pid
         # Looked at, and not handed over: the message still has its own.
         has_copies = bool(due) and any(
-            info.image_pid == due and info.status is TaskStatus.PREPARED for info in self._task_infos()
+            info.image_pid == due and info.status is TaskStatus.PREPARED for info in task_infos(self._engine)
         )
         in_use = kept | (at_first - {self._shared[_ACCEPTED] - 1})
         unknown = []
@@ -391,7 +309,7 @@ class Session:
             connection.resume(self._take, lambda pid: pid in self._announced)
 
     def _serve_to_the_end(self) -> Outcome:
-        with _signals_as_bytes() as signals:
+        with signals_as_bytes() as signals:
             self._wait(signals, lambda: self._on_signals(signals))
             self._wait(self._engine.notify_fd, self._on_notices)
             self._watch_keeper()
@@ -468,25 +386,19 @@ class Session:
             exit_code=0 if self._reason is None else 1,
             reason=self._reason,
             images=str(self._settings.images),
-            dialect=self._dialect,
-            chain_depth=self._chain_depth,
+            dialect=self._prepared.dialect,
+            chain_depth=self._prepared.chain_depth,
             moments=self._moments,
             totals=totals,
-            tasks=self._task_infos(),
+            tasks=task_infos(self._engine),
             problems=self._problems,
         )
-
-    def _task_infos(self) -> list[TaskInfo]:
-        infos: list[TaskInfo] = []
-        with contextlib.suppress(KeyError):
-            while True:
-                infos.append(self._engine.task(len(infos)))
-        return infos
 
     def _fail(self, reason: str) -> None:
         """Log a problem and make sure that the exit code says so."""
         self._log.error(reason)
         self._problems.append(reason)
+        self._shared[_FAILED] = 1
         if self._reason is None:
             self._reason = reason
 
@@ -525,12 +437,7 @@ class Session:
 
     def _spare_descriptor(self) -> bool:
         """Give up one of those that are good for something else: a task's userfaultfd comes first."""
-        if self._engine.spend_reserve():
-            return True
-        if self._targets:
-            self._targets.popitem()[1].close()
-            return True
-        return False
+        return self._engine.spend_reserve() or self._held.spare_one()
 
     @contextlib.contextmanager
     def _abandoning(self) -> Iterator[None]:
@@ -553,7 +460,7 @@ class Session:
             case TaskUffd(pid, uffd, sender):
                 self._attach(pid, uffd, sender)
             case Zombie(pid):
-                self._announce(pid, self._zombies, "zombie")
+                self._announce(pid, self._prepared.zombies, "zombie")
                 self._log.debug(f"task {pid} is a zombie")
             case Finished():
                 self._restore_finished()
@@ -566,7 +473,7 @@ class Session:
         if pid in self._announced:
             raise ProtocolError(SOCKET_NAME, f"task {pid} was announced twice")
         if pid not in expected:
-            in_images = pid in self._tasks or pid in self._zombies
+            in_images = pid in self._tasks or pid in self._prepared.zombies
             says = f"{'not a ' + what if in_images else 'no such task'} in {self._settings.images}"
             raise ProtocolError(SOCKET_NAME, f"{what} {pid} was announced: {says}")
         self._announced.add(pid)
@@ -586,23 +493,24 @@ class Session:
         if self._moments.first_task is None:
             self._moments = self._moments._replace(first_task=self._log.elapsed())
         if run_pid:
-            # Gone already, or no descriptor left: then it cannot be stopped in an emergency, and no more than
-            # that.
-            with contextlib.suppress(OSError):
-                self._targets[number] = Target(run_pid)
+            self._held.hold(number, run_pid)
         self._log.debug(f"task {pid} (pid {run_pid or 'unknown'} here) is served")
 
     def _restore_finished(self) -> None:
+        # First: a process that goes on in the place of this one takes a connection that is closed for a failure.
+        self._engine.finish_restore()
         self._hang_up()
         self._is_finished = True
         self._moments = self._moments._replace(restored=self._log.elapsed())
-        for pid in self._tasks:
-            # If it runs, it runs on zeros, and nobody here can help it.
-            self._fail(f"{SOCKET_NAME}: the restorer finished without handing over task {pid}")
-        self._engine.finish_restore()
+        self._miss_tasks()
         self._progress.begin()
         self._log.info(f"restore finished: {len(self._announced)} tasks")
         self._look_for_the_end()
+
+    def _miss_tasks(self) -> None:
+        for pid in self._tasks:
+            # If it runs, it runs on zeros, and nobody here can help it.
+            self._fail(f"{SOCKET_NAME}: the restorer finished without handing over task {pid}")
 
     # The engine
 
@@ -620,14 +528,15 @@ class Session:
         who = self._name(notice.task)
         pages = f"{notice.value} page{'' if notice.value == 1 else 's'} at {notice.address:#x}"
         why = f"{errno.errorcode.get(-notice.error, -notice.error)}: {os.strerror(-notice.error)}"
-        source = self._source_paths[notice.source] if notice.source < len(self._source_paths) else "?"
+        paths = self._prepared.source_paths
+        source = paths[notice.source] if notice.source < len(paths) else "?"
         match notice.kind:
             case NoticeKind.TASK_FILLED:
                 self._log.debug(f"{who}: full")
-                self._let_go(notice.task)
+                self._held.let_go(notice.task)
             case NoticeKind.TASK_GONE:
                 self._log.debug(f"{who}: gone")
-                self._let_go(notice.task)
+                self._held.let_go(notice.task)
             case NoticeKind.FORKED:
                 self._log.debug(f"{self._name(notice.value)}: forked {who}")
             case NoticeKind.UNREADABLE:
@@ -642,20 +551,18 @@ class Session:
                     f" {self._stop_task(notice.task)}"
                 )
             case NoticeKind.TASK_FAILED if notice.error == -errno.ECANCELED and not notice.value:
-                self._let_go(notice.task)  # given up together with all the others, which was said once
+                self._held.let_go(notice.task)  # given up together with all the others, which was said once
             case NoticeKind.TASK_FAILED:
                 missed = f", {notice.value} pages could not be" if notice.value else ""
                 self._fail(f"{who}: cannot be served any more ({why}): what was missing is poisoned{missed}")
-                self._let_go(notice.task)
+                self._held.let_go(notice.task)
             case NoticeKind.LOST:
                 self._log.warning(f"{notice.value} notices were lost; the totals have them all")
 
     def _stop_task(self, number: int) -> str:
         """Stop a task that may hold a wrong byte; what came of it, in words."""
-        target = self._targets.get(number)
-        if target is not None and target.stop():
-            return f"pid {target.pid} is stopped"
-        return "it could not be stopped: kill it"
+        pid = self._held.stop(number)
+        return f"pid {pid} is stopped" if pid else "it could not be stopped: kill it"
 
     def _name(self, number: int) -> str:
         try:
@@ -666,18 +573,11 @@ class Session:
             return f"task {info.image_pid}, forked as number {number}"
         return f"task {info.image_pid}"
 
-    def _let_go(self, number: int) -> None:
-        """Forget a task that does not need us any more, unless children that do may be found by it."""
-        target = self._targets.get(number)
-        if target is not None and (target.is_gone() or not self._engine.totals().forks):
-            target.close()
-            del self._targets[number]
-
     # Signals
 
     def _on_signals(self, signals: socket.socket) -> None:
         for number in signals.recv(64):
-            if number in _SIGNALS and self._end is None:
+            if number in SIGNALS and self._end is None:
                 self._on_signal(signal.Signals(number))
 
     def _on_signal(self, number: signal.Signals) -> None:
@@ -718,8 +618,8 @@ class Session:
 
     def _stop_tasks(self) -> None:
         """Stop every task that still depends on us, then poison what it misses."""
-        stopped = list(self._stop_known_tasks())
-        unknown = sum(info.status is TaskStatus.SERVING and not info.run_pid for info in self._task_infos())
+        stopped = list(self._held.stop_all())
+        unknown = sum(info.status is TaskStatus.SERVING and not info.run_pid for info in task_infos(self._engine))
         self._engine.abandon()
         self._end = _End.ABANDONED
         if stopped:
@@ -736,40 +636,8 @@ class Session:
     def _stop_untaken_tasks(self) -> Iterator[int]:
         """Stop the tasks that were attached to and that no process has come to serve."""
         for task in self._to_attach:
-            if task.image_pid in self._tasks:
-                with contextlib.suppress(OSError):
-                    target = Target(task.pid)
-                    if target.stop():
-                        yield task.pid
-                    target.close()
-
-    def _stop_known_tasks(self) -> Iterator[int]:
-        """Stop the tasks that are being served and, below any that ever was, the children that still wait."""
-        known = {target.pid: number for number, target in self._targets.items()}
-        for pid, number in known.items():
-            if self._engine.task(number).status is TaskStatus.SERVING and self._targets[number].stop():
-                yield pid
-        stopped: set[int] = set()
-        while True:
-            # Until a round finds none: what was not stopped yet may have forked meanwhile.
-            found = {
-                pid
-                for root in known
-                for pid in descendants(root)
-                if pid not in known and pid not in stopped and waits_for_userfaults(pid)
-            }
-            if not found:
-                return
-            for pid in found:
-                stopped.add(pid)
-                with contextlib.suppress(OSError):
-                    target = Target(pid)
-                    try:
-                        # Held first, then asked again: the pid may have been dealt out anew in between.
-                        if waits_for_userfaults(pid) and target.stop():
-                            yield pid
-                    finally:
-                        target.close()
+            if task.image_pid in self._tasks and stop_unheld(task.pid):
+                yield task.pid
 
 
 def _describe(error: BaseException) -> str:
@@ -779,30 +647,3 @@ def _describe(error: BaseException) -> str:
     except OSError:  # no descriptor is left to read it through
         return repr(error)
     return "".join(traceback.format_exception(error)).rstrip()
-
-
-class _signals_as_bytes:
-    """A socket that gets one byte for each signal that would end the daemon, in place of the ending."""
-
-    def __enter__(self) -> socket.socket:
-        self._reading, self._writing = socket.socketpair()
-        self._reading.setblocking(False)  # noqa: FBT003  its only way
-        self._writing.setblocking(False)  # noqa: FBT003  its only way
-        self._previous_fd = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
-        self._previous = {number: signal.signal(number, _ignore) for number in _SIGNALS}
-        # They were held back since before anyone was told that we listen.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        return self._reading
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._previous_fd)
-        self._reading.close()
-        self._writing.close()
-
-
-def _ignore(number: int, frame: FrameType | None) -> None:
-    """Do nothing: the byte in the socket says it."""
