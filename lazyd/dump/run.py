@@ -30,7 +30,7 @@ from lazyd.dump.memory import LocalImages, MemoryCounts, MemoryDump, PagemapForm
 from lazyd.dump.page_server import PageServer
 from lazyd.dump.tracker import Tracker
 from lazyd.dump.watch import Watch
-from lazyd.errors import DumpError, ImageError
+from lazyd.errors import DumpError, ImageError, LazydError
 from lazyd.image.directory import ImagesDirectory
 from lazyd.image.pagemap import Dialect
 from lazyd.image.stats import DumpStats, write_stats
@@ -41,7 +41,7 @@ from lazyd.target.mappings import find_guards
 from lazyd.target.others import Others
 from lazyd.target.process import children, descendants
 from lazyd.target.state import TaskState, read_state
-from lazyd.target.survey import Look, Survey, check_is_process, look_at_all, refuse, started_at
+from lazyd.target.survey import Look, Survey, check_is_process, has_ended, look_at_all, refuse, started_at
 from lazyd.target.tracing import StoppedTask
 from lazyd.target.userfault import UFFD_USER_MODE_ONLY, open_userfaultfd
 from lazyd.units import PAGE_SIZE, human_bytes
@@ -155,9 +155,14 @@ def dump(settings: Settings, log: Log) -> Dumped:
             check_is_process(pid)
             tasks.append(_Task(pid, pids, settings))
         return _dump_tasks(settings, tasks, log, begun)
-    except ProcessLookupError as error:
-        raise DumpError(f"process {settings.pid} was killed while it was dumped: {error.strerror}") from error
-    except OSError as error:
+    except (OSError, LazydError) as error:
+        # Whatever could not be read then is not what the user wants to hear of.
+        for task in tasks:
+            task.release()
+        if len(tasks) == len(pids) and any(has_ended(pid) for pid in pids):
+            raise DumpError(f"process {settings.pid} was killed while it was dumped") from error
+        if isinstance(error, LazydError):
+            raise
         where = f"{error.filename}: " if error.filename else ""
         raise DumpError(f"process {settings.pid}: {where}{error.strerror}; it was not dumped") from error
     finally:

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from kernel_harness import wait_until
+from kernel_harness import STRESS, wait_until
 
 from lazyd.target.others import Others
-from lazyd.target.tracing import state_of, status_fields
+from lazyd.target.tracing import state_of, status_fields, tracer_of
 
 LAZYD = str(Path(sys.executable).parent / "lazyd")
 
@@ -194,3 +194,99 @@ def test_our_own_standard_streams_are_closed(start, closed, tmp_path):
     )
     assert change < full, "the tracking that the first one left is not there"
     assert victim.finish() == "ok\n"
+
+
+# ---- what does not stop, and what ends meanwhile ----
+
+VFORKS = r"""
+#include <unistd.h>
+int main(void) { if (!vfork()) { close(1); pause(); _exit(0); } pause(); }
+"""
+
+
+def test_what_cannot_be_stopped_is_not_waited_for(tmp_path):
+    """It is nobody's child that waits for it: not when it is stopped, and not when it is let go."""
+    (tmp_path / "vforks.c").write_text(VFORKS)
+    subprocess.run(["gcc", "-o", str(tmp_path / "vforks"), str(tmp_path / "vforks.c")], check=True)
+    process = subprocess.Popen([str(tmp_path / "vforks")], start_new_session=True, stdin=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: state_of(process.pid) == "D", "the vfork")
+        code = f"from lazyd.target.tracing import StoppedTask\nStoppedTask({process.pid})"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+        assert run.stderr.splitlines()[-1].endswith("it waits for its child after vfork; try again later"), run.stderr
+        # And it is as it was.
+        (child,) = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+        os.kill(child, signal.SIGKILL)
+        wait_until(lambda: state_of(process.pid) == "S", "the parent to go on")
+        assert tracer_of(process.pid) == 0
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+KILLING = """
+import itertools, os, signal, sys
+limit, pid = int(sys.argv.pop(1)), int(sys.argv[3])
+numbers = itertools.count()
+def counted(function):
+    def counting(*arguments, **named):
+        if next(numbers) == limit:
+            os.kill(pid, signal.SIGKILL)
+        return function(*arguments, **named)
+    return counting
+from lazyd.target import crowd, remote, state, tracing
+for module in (remote, state, tracing):
+    module.request = counted(module.request)
+crowd.wait_for_stop = counted(crowd.wait_for_stop)
+from lazyd.dump import run, transfer
+transfer.copy_pages = counted(transfer.copy_pages)
+from lazyd.cli import main
+code = main(sys.argv[1:])
+print(next(numbers))
+sys.exit(code)
+"""
+
+
+def dump_and_kill(limit, victim, images):
+    """Dump a task that is killed before one of lazyd's steps."""
+    words = [sys.executable, "-c", KILLING, str(limit), "dump", "--pid", str(victim.pid), "-D", str(images)]
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_a_task_that_is_killed_while_it_is_dumped_ends_the_dump(start, tmp_path):
+    """At each of some steps, over all of the dump; its images are whole or there are none."""
+    kinds = ["registers", "nanosleep", "calls", "futex", "poll", "memory"]
+    whole = dump_and_kill(10**9, start(*kinds), tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    steps = int(whole.stdout)
+    for limit in range(3, steps, max(1, steps // (12 * STRESS))):
+        victim, images = start(*kinds), tmp_path / f"images{limit}"
+        run = dump_and_kill(limit, victim, images)
+        victim.process.wait(10)
+        if run.returncode == 0:
+            assert (images / "inventory.img").exists()
+            continue
+        assert run.stderr.count("\n") == 1, run.stderr
+        assert "ended" in run.stderr or "killed" in run.stderr, run.stderr
+        assert not images.exists()
+
+
+def test_a_main_thread_that_has_ended(tmp_path):
+    """The others run on: stock criu refuses that too."""
+    source = tmp_path / "leaderless.c"
+    source.write_text(
+        "#include <pthread.h>\n#include <unistd.h>\nstatic void *idle(void *u) { for (;;) pause(); return u; }\n"
+        "int main(void) { pthread_t t; pthread_create(&t, NULL, idle, NULL); pthread_exit(NULL); }\n"
+    )
+    subprocess.run(["gcc", "-pthread", "-o", str(tmp_path / "leaderless"), str(source)], check=True)
+    process = subprocess.Popen([str(tmp_path / "leaderless")], start_new_session=True, stdin=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: state_of(process.pid) == "Z", "the main thread to end")
+        words = [LAZYD, "dump", "--pid", str(process.pid), "-D", str(tmp_path / "images")]
+        run = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+        assert run.returncode == 1
+        assert f"the main thread of process {process.pid} (leaderless) has ended" in run.stderr
+        assert run.stderr.count("\n") == 1
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
