@@ -75,7 +75,7 @@ def dump(
             if punched is not None:
                 punched.append(images.punch_parents())
         if track and tracker is not None:
-            assert tracker.leave(path, f"pagemap-{victim.pid}.img")
+            assert tracker.leave(path, f"pagemap-{victim.pid}.img") == ""
     finally:
         if tracker is not None:
             tracker.close()

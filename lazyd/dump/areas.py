@@ -9,6 +9,7 @@ core dumps: a task that goes on needs what is there.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 
 from lazyd.dump.memory import Area, AreaKind
@@ -41,9 +42,7 @@ def areas_of(mappings: Iterable[Mapping], stack_pointers: Iterable[int]) -> list
             areas.append(Area(mapping.start, mapping.end, kind, shmid=mapping.shared_inode, pgoff=mapping.offset))
             continue
         at = mapping.start
-        for page in pages:
-            if not at <= page < mapping.end:
-                continue
+        for page in pages[bisect_left(pages, mapping.start) : bisect_left(pages, mapping.end)]:
             if at < page:
                 areas.append(Area(at, page, kind, lazy=True))
             areas.append(Area(page, page + PAGE_SIZE, kind))

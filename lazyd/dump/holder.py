@@ -62,6 +62,7 @@ def main() -> None:
     """Go into the background and serve."""
     if os.fork():
         os._exit(0)
+    os.dup2(0, 2)  # so far, who started it read what it had to say
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError), open("/proc/self/comm", "w") as comm:  # noqa: PTH123

@@ -30,7 +30,7 @@ from lazyd.dump.memory import LocalImages, MemoryCounts, MemoryDump, PagemapForm
 from lazyd.dump.page_server import PageServer
 from lazyd.dump.tracker import Tracker
 from lazyd.dump.watch import Watch
-from lazyd.errors import DumpError, ImageError
+from lazyd.errors import DumpError, ImageError, LazydError
 from lazyd.image.directory import ImagesDirectory
 from lazyd.image.pagemap import Dialect
 from lazyd.image.stats import DumpStats, write_stats
@@ -38,10 +38,11 @@ from lazyd.image.writer import ImagesWriter
 from lazyd.report import Log, Show, human_seconds, version
 from lazyd.target.descriptors import find_owners
 from lazyd.target.mappings import find_guards
+from lazyd.target.others import Others
 from lazyd.target.process import children, descendants
 from lazyd.target.state import TaskState, read_state
-from lazyd.target.survey import Look, Survey, check_is_process, find_traced, look_at_all, refuse, started_at
-from lazyd.target.tracing import StoppedTask, thread_ids
+from lazyd.target.survey import Look, Survey, check_is_process, has_ended, look_at_all, refuse, started_at
+from lazyd.target.tracing import StoppedTask
 from lazyd.target.userfault import UFFD_USER_MODE_ONLY, open_userfaultfd
 from lazyd.units import PAGE_SIZE, human_bytes
 from lazyd.wire import HeaderSize
@@ -154,9 +155,14 @@ def dump(settings: Settings, log: Log) -> Dumped:
             check_is_process(pid)
             tasks.append(_Task(pid, pids, settings))
         return _dump_tasks(settings, tasks, log, begun)
-    except ProcessLookupError as error:
-        raise DumpError(f"process {settings.pid} was killed while it was dumped: {error.strerror}") from error
-    except OSError as error:
+    except (OSError, LazydError) as error:
+        # Whatever could not be read then is not what the user wants to hear of.
+        for task in tasks:
+            task.release()
+        if len(tasks) == len(pids) and any(has_ended(pid) for pid in pids):
+            raise DumpError(f"process {settings.pid} was killed while it was dumped") from error
+        if isinstance(error, LazydError):
+            raise
         where = f"{error.filename}: " if error.filename else ""
         raise DumpError(f"process {settings.pid}: {where}{error.strerror}; it was not dumped") from error
     finally:
@@ -166,7 +172,8 @@ def dump(settings: Settings, log: Log) -> Dumped:
 
 def _dump_tasks(settings: Settings, tasks: list[_Task], log: Log, begun: float) -> Dumped:
     build_ids = BuildIds()
-    problems = find_traced(tid for task in tasks for tid in thread_ids(task.pid))
+    others = Others([task.pid for task in tasks])
+    problems = others.find()
     looks, found = look_at_all([task.survey for task in tasks])
     refuse(settings.pid, problems + found)
     for look in looks:
@@ -182,12 +189,13 @@ def _dump_tasks(settings: Settings, tasks: list[_Task], log: Log, begun: float) 
             for task in tasks:
                 is_incremental = task.tracker is not None and task.tracker.has_baseline
                 memory.prepare(task.pid, is_incremental=is_incremental)
-            return _dump_stopped(settings, tasks, log, begun, writer, destination, memory, build_ids)
+            return _dump_stopped(settings, tasks, others, log, begun, writer, destination, memory, build_ids)
 
 
 def _dump_stopped(  # noqa: PLR0917  one dump's parts, made one by one by its callers
     settings: Settings,
     tasks: list[_Task],
+    others: Others,
     log: Log,
     begun: float,
     writer: ImagesWriter,
@@ -200,7 +208,7 @@ def _dump_stopped(  # noqa: PLR0917  one dump's parts, made one by one by its ca
         _stop_all(tasks, settings)
         stopped = time.monotonic()
         looks, problems = look_at_all([task.survey for task in tasks])
-        refuse(settings.pid, problems)
+        refuse(settings.pid, others.find_again() + problems)
         for task, look in zip(tasks, looks, strict=True):
             task.dump(memory, look)
         memory.dump_shared()
@@ -235,8 +243,9 @@ def _dump_stopped(  # noqa: PLR0917  one dump's parts, made one by one by its ca
         punched = destination.punch_parents()
     if settings.is_tracking:
         for task in tasks:
-            if task.tracker is None or not task.tracker.leave(writer.path, task.pagemap_name):
-                log.warning(f"writes of process {task.pid} are not tracked: the next dump will be a full one")
+            assert task.tracker is not None, "a dump that is to track has made one"
+            if why := task.tracker.leave(writer.path, task.pagemap_name):
+                log.warning(f"writes of process {task.pid} are not tracked: {why}; the next dump will be a full one")
     times = Times(stopped - stopping, stopped - stopping + frozen, time.monotonic() - begun)
     return Dumped(settings, [image.state for image in images], counts, times, punched)
 

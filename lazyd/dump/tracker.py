@@ -26,6 +26,7 @@ from lazyd.errors import DumpError, LazydError, SystemCallError
 from lazyd.target.process import stat_fields
 
 _ANSWER_MAX = 64 << 10
+_SAID_MAX = 64 << 10
 _TIMEOUT_S = 10.0
 
 
@@ -48,6 +49,7 @@ class Tracker:
         """Say whether it has tracked since the dump that the next one is made on top of."""
         self._uffd = uffd
         self._is_borrowed = is_borrowed
+        self._lost = "nothing has been tracked yet"
 
     @classmethod
     def start(cls, pid: int, uffd: int = -1) -> Tracker:
@@ -76,27 +78,30 @@ class Tracker:
         self.has_baseline = False
         try:
             armed = scanner.arm(areas, self.track, self._uffd)
-        except OSError:
+        except OSError as error:
+            self._lost = f"the kernel does not protect its memory: {error.strerror}"
             self.close()
             return 0
         self.has_baseline = True
         return armed
 
-    def leave(self, images: Path, pagemap_name: str) -> bool:
-        """Leave the tracking to a process of its own, bound to published images; False if that cannot be.
+    def leave(self, images: Path, pagemap_name: str) -> str:
+        """Leave the tracking to a process of its own, bound to published images; return why that cannot be, else "".
 
         The images are whole in any case, and without it the next dump is a full one: nothing to fail for. The process
         ends with its task, or when a dump takes over.
         """
         try:
-            if self.has_baseline:
-                self._leave(images, pagemap_name)
-                return True
-        except (OSError, LazydError, subprocess.SubprocessError):
-            pass
+            if not self.has_baseline:
+                return self._lost
+            self._leave(images, pagemap_name)
+        except OSError as error:
+            return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+        except LazydError as error:
+            return str(error)
         finally:
             self.close()
-        return False
+        return ""
 
     def _leave(self, images: Path, pagemap_name: str) -> None:
         binding = {
@@ -116,16 +121,23 @@ class Tracker:
             # Not by -m: that would import all of lazyd.
             words = [sys.executable, "-I", "-S", holder.__file__, json.dumps(binding), str(path), *map(str, fds)]
             null = subprocess.DEVNULL
-            subprocess.run(
-                words,
-                check=True,
-                stdin=null,
-                stdout=null,
-                stderr=null,
-                cwd="/",
-                start_new_session=True,
-                pass_fds=[fd for fd in fds if fd >= 0],
-            )
+            # What it says goes to a file, not a pipe: who waits for a pipe's end would wait for the holder's.
+            with os.fdopen(os.memfd_create("lazyd-said"), "w+b", buffering=0) as said:
+                run = subprocess.run(
+                    words,
+                    check=False,
+                    stdin=null,
+                    stdout=null,
+                    stderr=said,
+                    cwd="/",
+                    start_new_session=True,
+                    pass_fds=[fd for fd in fds if fd >= 0],
+                )
+                if run.returncode:
+                    said.seek(0)
+                    lines = said.read(_SAID_MAX).decode(errors="replace").strip().splitlines()
+                    why = lines[-1] if lines else f"it ended with {run.returncode}"
+                    raise DumpError(f"the process that is to hold the tracking: {why}")
         except BaseException:
             path.unlink(missing_ok=True)
             raise

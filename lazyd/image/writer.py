@@ -11,7 +11,8 @@ directory of whoever calls us, a directory that holds our own log already), a hi
 place, and the files are renamed one by one, the inventory last: without it no reader takes the rest for images.
 
 A writer that is killed leaves its hidden directory behind. It holds a lock on it while it lives, so that the next
-writer for the same name knows which to remove.
+writer for the same name knows which to remove. One that was killed while it renamed files has left a list of them
+there, by inode: without an inventory they are no images, and the next writer removes those too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import shutil
 import tempfile
@@ -31,6 +33,7 @@ from lazyd.image.chain import PARENT_LINK
 from lazyd.image.framing import join_records
 
 _INVENTORY = "inventory.img"
+_LIST = ".moving"
 # As criu: memory is nobody else's business.
 _FILE_MODE = 0o600
 _HINTS = {
@@ -64,6 +67,7 @@ class ImagesWriter:
         self._may_hold = frozenset(may_hold)
         self._published = False
         self.directory_fd = -1
+        self._remove_stale()
         exists, is_clear = self._look()
         if self.parent == self.path:
             raise DumpError(f"{self.path}: cannot be its own parent; name another directory for the new images")
@@ -71,7 +75,6 @@ class ImagesWriter:
             self._is_inside = True
         else:
             self._is_inside = exists and not os.access(self.path.parent, os.W_OK | os.X_OK)
-        self._remove_stale()
         self._make_hidden()
         try:
             if exists and not self._is_inside:
@@ -119,7 +122,21 @@ class ImagesWriter:
                 for hidden in list(place.glob(f".{_quote(self.path.name)}.partial-*")):
                     with contextlib.suppress(OSError), _open_directory(hidden) as fd:
                         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        self._remove_half_moved(hidden)
                         shutil.rmtree(hidden)
+
+    def _remove_half_moved(self, hidden: Path) -> None:
+        """Remove what a killed writer has moved into the directory, unless it is all there."""
+        try:
+            numbers: dict[str, int] = json.loads((hidden / _LIST).read_bytes())
+        except (OSError, ValueError):
+            return  # it had not begun to move
+        # An inventory that is gone from here has been moved, last of all: then these are images, whole.
+        if (hidden / _INVENTORY).exists() or _INVENTORY not in numbers:
+            for name, number in numbers.items():
+                with contextlib.suppress(FileNotFoundError):
+                    if (self.path / name).lstat().st_ino == number:
+                        (self.path / name).unlink()
 
     def _make_hidden(self) -> None:
         while self.directory_fd < 0:
@@ -191,6 +208,8 @@ class ImagesWriter:
     def _move_files(self) -> None:
         names = sorted(os.listdir(self.directory_fd), key=lambda name: (name == _INVENTORY, name))  # noqa: PTH208  a descriptor
         moved: list[str] = []
+        numbers = {name: os.stat(name, dir_fd=self.directory_fd, follow_symlinks=False).st_ino for name in names}
+        self.write_file(_LIST, json.dumps(numbers).encode())
         target = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             for name in names:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -205,10 +206,12 @@ def find_staying(plan: Plan, mappings: Sequence[Live]) -> Staying:
             inodes.setdefault(area.shared_id, set()).update((piece.device, piece.inode) for piece in pieces)
         elif pieces and not _is_file(plan, area, pieces):
             pieces.clear()
+    taken = Counter(inode for each in inodes.values() for inode in each)
     for area, pieces in found.items():
         is_there = bool(pieces)
-        if area.kind is Kind.SHARED:  # all of an object, or none of it
-            is_there = whole[area.shared_id] and len(inodes[area.shared_id]) == 1
+        if area.kind is Kind.SHARED:  # all of an object, or none of it, and it is no other's (mremap makes it so)
+            (inode, *others) = inodes[area.shared_id] or {(0, 0)}
+            is_there = whole[area.shared_id] and not others and taken[inode] == 1
         if is_there:
             areas.append(area)
             if any(piece.prot != area.prot & 7 for piece in pieces):

@@ -200,15 +200,19 @@ def map_steps(plan: Plan, files: Files | Opened, objects: dict[int, int], filled
     for area in protect:
         yield Step(f"mprotect of {area}", _SYS_MPROTECT, (area.start, area.end - area.start, area.prot & 7))
     for area in plan.vmas:
-        if area.kind in (AreaKind.VDSO, AreaKind.VVAR, AreaKind.VSYSCALL):
-            continue
-        for number in range(area.advice.bit_length()):
-            if area.advice >> number & 1:
-                what = f"madvise({number}) of {area}"
-                yield Step(what, _SYS_MADVISE, (area.start, area.end - area.start, number))
+        if area.kind not in (AreaKind.VDSO, AreaKind.VVAR, AreaKind.VSYSCALL):
+            yield from advice_steps(area)
     for start, end in plan.guards:
         what = f"guard pages at {start:#x}-{end:#x}"
         yield Step(what, _SYS_MADVISE, (start, end - start, _MADV_GUARD_INSTALL))
+
+
+def advice_steps(area: Area) -> Iterator[Step]:
+    """Yield what gives an area the advice that it had: madvise(2), by number."""
+    for number in range(area.advice.bit_length()):
+        if area.advice >> number & 1:
+            what = f"madvise({number}) of {area}"
+            yield Step(what, _SYS_MADVISE, (area.start, area.end - area.start, number))
 
 
 def _near(starts: Sequence[int], area: Area) -> Sequence[int]:

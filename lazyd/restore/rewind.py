@@ -14,7 +14,9 @@ Facts, and what follows:
 - What is moved aside counts twice for a while: where that is limited (RLIMIT_AS, RLIMIT_DATA, strict overcommit) it is
   freed at once.
 - A mapping of a file or of shared memory that is still there stays, and loses what the task wrote to it: for that, no
-  file has to be opened with the rights that the task has left.
+  file has to be opened with the rights that the task has left. Whether it is locked, not inherited or not dumped
+  (mlock, MADV_DONTFORK, MADV_DONTDUMP) is put back; that it shall have huge pages or none stays, because nothing
+  takes that advice back.
 - A thread that is made again needs its id (clone3, set_tid), and so a task that may choose ids.
 """
 
@@ -22,13 +24,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import NamedTuple
 
 from lazyd.errors import DumpError, LazydError, RestoreError, SystemCallError
 from lazyd.image import Extent, Kind, load_shared
+from lazyd.image.directory import MAP_LOCKED
 from lazyd.restore import memory as memories
 from lazyd.restore.build import check_empty, dress, make_threads, open_userfaultfd
 from lazyd.restore.live import (
@@ -57,9 +60,10 @@ from lazyd.units import PAGE_SIZE
 # arch/x86/entry/syscalls/syscall_64.tbl
 _SYS_OPEN, _SYS_CLOSE, _SYS_LSEEK, _SYS_MPROTECT, _SYS_MUNMAP, _SYS_MREMAP, _SYS_MADVISE = 2, 3, 8, 10, 11, 25, 28
 _SYS_SETITIMER, _SYS_RT_SIGTIMEDWAIT, _SYS_TIMER_DELETE, _SYS_MEMFD_CREATE, _SYS_RSEQ = 38, 128, 226, 319, 334
-_SYS_MUNLOCKALL = 152
+_SYS_MLOCK, _SYS_MUNLOCKALL = 149, 152
 _RSEQ_FLAG_UNREGISTER, _MFD_CLOEXEC = 1, 1
 _MREMAP_MAYMOVE_FIXED, _MADV_DONTFORK, _MADV_DONTNEED_LOCKED = 3, 10, 24
+_MADV_NORMAL, _MADV_DOFORK, _MADV_DODUMP = 0, 11, 17
 _FALLOC_KEEP_SIZE_PUNCH_HOLE = 3
 _ALL_SIGNALS = bytes([0xFF] * 8)
 _TABLE_BYTES = 2 << 20  # what one table of pages covers
@@ -190,6 +194,7 @@ class Rewound:
             if area.kind is AreaKind.PRIVATE_FILE:
                 arguments = (area.start, area.end - area.start, _MADV_DONTNEED_LOCKED)
                 steps.append(Step(f"madvise of {area}", _SYS_MADVISE, arguments))
+            steps += _advise_again(area)
         for area in staying.protect:
             arguments = (area.start, area.end - area.start, area.prot & 7)
             steps.append(Step(f"mprotect of {area}", _SYS_MPROTECT, arguments))
@@ -304,6 +309,16 @@ def _program(pid: int) -> tuple[str, ...]:
     except OSError:
         return ()
     return tuple(stat[number - 3] for number in (26, 27, 28, 48, 50))
+
+
+def _advise_again(area: Area) -> Iterator[Step]:
+    """Yield what takes back how a staying area was advised since, and locks it if it was."""
+    where = (area.start, area.end - area.start)
+    for number in (_MADV_NORMAL, _MADV_DOFORK, _MADV_DODUMP):
+        yield Step(f"madvise({number}) of {area}", _SYS_MADVISE, (*where, number), may_fail=True)
+    yield from memories.advice_steps(area)
+    if area.flags & MAP_LOCKED:
+        yield Step(f"mlock of {area}", _SYS_MLOCK, where)
 
 
 def _open_again(plan: Plan, puppet: Puppet) -> tuple[Opened, dict[int, int], list[Step]]:

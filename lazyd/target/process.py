@@ -80,9 +80,25 @@ class Target:
         os.close(self._pidfd)
 
 
+_READ_BYTES = 1 << 16
+
+
+def read_small(path: str) -> bytes:
+    """Return what is in a file of /proc that has it all at once; OSError. For what is read of each of many threads."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        text = part = os.read(fd, _READ_BYTES)
+        while len(part) == _READ_BYTES:
+            part = os.read(fd, _READ_BYTES)
+            text += part
+        return text
+    finally:
+        os.close(fd)
+
+
 def stat_fields(tid: int) -> list[str]:
     """Return /proc/TID/stat from its third field on: field n of proc(5) is at n - 3; OSError if it is gone."""
-    text = (_PROC / str(tid) / "stat").read_text(errors="replace")
+    text = read_small(f"/proc/{tid}/stat").decode(errors="replace")
     return text[text.rindex(")") + 2 :].split()
 
 

@@ -23,6 +23,8 @@ Facts, and what follows:
 - A thread can be watched call by call (PTRACE_SYSCALL: two stops each), or let run through them: the last thing that
   the code does before its end is to wait, for as long as a lazyd that lives needs to see that it does. It waits by
   ppoll, which leaves no rest behind in the kernel, so that the rest of the thread's own system call stays.
+- Most of the time that all this takes is waiting for a thread to be stopped. So whatever waits is a generator that
+  yields what it waits for: alone it is run by drive(), and `crowd` runs those of several threads side by side.
 """
 
 from __future__ import annotations
@@ -33,10 +35,12 @@ import re
 import signal
 import struct
 import time
+from collections.abc import Generator
 from contextlib import suppress
+from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from lazyd.errors import DumpError, SystemCallError
 from lazyd.target.tracing import (
@@ -49,6 +53,7 @@ from lazyd.target.tracing import (
     StoppedTask,
     Thread,
     request,
+    state_of,
 )
 from lazyd.units import PAGE_SIZE, USER_SPACE_END
 
@@ -60,13 +65,77 @@ _SIG_SETMASK = 2
 _ALL_SIGNALS = (1 << 64) - 1
 _NO_SYSTEM_CALL = (1 << 64) - 1
 
+_MARGIN = 32  # more zeros than the code can end in
 SCRATCH_BYTES = 4 * PAGE_SIZE
+_SCRATCH_STEP = SCRATCH_BYTES + PAGE_SIZE
 _LOWEST = 0x10000  # vm.mmap_min_addr as it ships
 _RECORD_BYTES = 80
 MOST_CALLS = 63  # at once: their records fill the first two pages of the scratch mapping
 _BUFFERS = 2 * PAGE_SIZE
 _WAIT_BELOW_BUFFERS = 1024  # where the time of the wait is; the results are above it
 _WAIT_S = 1
+_LOOKS_AT_ONCE = 20
+_LOOK_INTERVAL_S = 20e-6
+_LOOKS_PER_STATE = 100
+
+
+class Wait(Enum):
+    """What a generator of Steps waits for."""
+
+    STOP = "the thread to stop; it is sent the status that waitpid(2) gives, 0 if the thread is gone"
+    TURN = "anything at all; it is sent 0"
+
+
+_T = TypeVar("_T")
+Steps: TypeAlias = Generator[Wait, int, _T]
+
+
+def wait_for_stop(thread: Thread) -> int:
+    """Wait until a thread stops or ends; return its status, 0 if it is gone."""
+    with suppress(ChildProcessError):
+        if not thread.is_leader:
+            return os.waitpid(thread.tid, WALL)[1]
+        # A leader that was killed is not reported before its other threads have been waited for.
+        looks = 0
+        while True:
+            pid, status = os.waitpid(thread.tid, WALL | os.WNOHANG)
+            if pid:
+                return status
+            looks += 1
+            if looks % _LOOKS_PER_STATE == 0 and state_of(thread.tid) in "ZX":
+                return 0
+            if looks < _LOOKS_AT_ONCE:
+                os.sched_yield()
+            else:
+                time.sleep(_LOOK_INTERVAL_S)
+    return 0
+
+
+def drive(thread: Thread, steps: Steps[_T]) -> _T:
+    """Run the steps of one thread to their end; return what they return."""
+    status = 0
+    turns = 0
+    try:
+        waits = next(steps)
+        while True:
+            if waits is Wait.STOP:
+                status = wait_for_stop(thread)
+            else:
+                status = 0
+                turns += 1
+                pause(turns)
+            waits = steps.send(status)
+    except StopIteration as end:
+        result: _T = end.value
+        return result
+
+
+def pause(turns: int) -> None:
+    """Give way, for the turns-th time in a row in which there was nothing to do."""
+    if turns < _LOOKS_AT_ONCE:
+        os.sched_yield()
+    else:
+        time.sleep(_LOOK_INTERVAL_S)
 
 
 class Call(NamedTuple):
@@ -91,20 +160,32 @@ _STEP = bytes.fromhex(
     "488b4b38 488901"  # mov rcx, [rbx + 56]; mov [rcx], rax
     "488b4b48 488b5b40 ffe1"  # mov rcx, [rbx + 72]; mov rbx, [rbx + 64]; jmp rcx
 )
+_IMMEDIATE = struct.Struct("<Q")
 _MOV_IMMEDIATE = {
-    "ax": "48b8",
-    "cx": "48b9",
-    "dx": "48ba",
-    "bx": "48bb",
-    "bp": "48bd",
-    "si": "48be",
-    "di": "48bf",
-    **{f"r{number}": f"49{0xB0 + number:02x}" for number in range(8, 16)},
+    name: bytes.fromhex(code)
+    for name, code in {
+        "ax": "48b8",
+        "cx": "48b9",
+        "dx": "48ba",
+        "bx": "48bb",
+        "bp": "48bd",
+        "si": "48be",
+        "di": "48bf",
+        **{f"r{number}": f"49{0xB0 + number:02x}" for number in range(8, 16)},
+    }.items()
 }
+_PLAIN_64 = 0x48  # the prefix for registers below r8, which the short form does without
 
 
 def _load(register: str, value: int) -> bytes:
-    return bytes.fromhex(_MOV_IMMEDIATE[register]) + struct.pack("<Q", value)
+    return _MOV_IMMEDIATE[register] + _IMMEDIATE.pack(value)
+
+
+def _load_small(register: str, value: int) -> bytes:
+    """The same for a value of 32 bits, in half the room: the upper half of the register becomes zero."""
+    long = _MOV_IMMEDIATE[register]
+    prefix = b"" if long[0] == _PLAIN_64 else b"\x41"
+    return prefix + long[1:] + struct.pack("<I", value)
 
 
 class _Code:
@@ -126,9 +207,9 @@ class _Code:
     def _tail(registers: Registers, mask_at: int) -> bytes:
         """munmap(rdi), rt_sigprocmask(SIG_SETMASK, mask_at, NULL, 8), and on with what the thread did."""
         whole = registers.restarted()
-        text = _load("ax", SYS_MUNMAP) + _load("si", SCRATCH_BYTES) + _SYSCALL
-        text += _load("ax", SYS_RT_SIGPROCMASK) + _load("di", _SIG_SETMASK) + _load("si", mask_at)
-        text += _load("dx", 0) + _load("r10", 8) + _SYSCALL
+        text = _load_small("ax", SYS_MUNMAP) + _load_small("si", SCRATCH_BYTES) + _SYSCALL
+        text += _load_small("ax", SYS_RT_SIGPROCMASK) + _load_small("di", _SIG_SETMASK) + _load("si", mask_at)
+        text += _load_small("dx", 0) + _load_small("r10", 8) + _SYSCALL
         text += b"".join(_load(name, getattr(whole, name)) for name in _MOV_IMMEDIATE)
         return text + bytes.fromhex("ff2500000000") + struct.pack("<Q", whole.ip)  # jmp [rip]
 
@@ -151,6 +232,11 @@ def find_room(task: StoppedTask) -> Room:
 
     Where a lazyd was killed, its code is left. That place is taken again when there is no other one.
     """
+    return find_rooms(task, 1)[0]
+
+
+def find_rooms(task: StoppedTask, most: int) -> list[Room]:
+    """Find room for several threads at a time: at least one and at most so many. DumpError."""
     pid = task.pid
     lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
     areas = [
@@ -159,7 +245,8 @@ def find_room(task: StoppedTask) -> Room:
         if match is not None
     ]
     areas.sort(key=lambda area: area[4] != "[vdso]")
-    code, left = 0, 0
+    codes: list[int] = []
+    left: list[int] = []
     with Path(f"/proc/{pid}/mem").open("rb", 0) as memory:
         for _, end, protection, sharing, name in areas:
             if protection != "r-x" or sharing != "p" or name == "[vsyscall]":
@@ -169,23 +256,40 @@ def find_room(task: StoppedTask) -> Room:
                 page = memory.read(PAGE_SIZE)
                 found = page.find(_SIGNATURE)
                 while found >= 0:
-                    left = end - PAGE_SIZE + found
-                    _check_nobody_is_there(task, left)
+                    left.append(end - PAGE_SIZE + found)
+                    _check_nobody_is_there(task, left[-1])
                     found = page.find(_SIGNATURE, found + 1)
-                # A margin of zeros, so that the end of the last instruction is not taken for room.
-                start = (len(page.rstrip(b"\0")) + 64) & ~63
+                # A margin of zeros, so that the end of the last instruction, or of what is left, is not taken for room.
+                start = (len(page.rstrip(b"\0")) + _MARGIN + 63) & ~63
                 if len(page) == PAGE_SIZE and PAGE_SIZE - start >= CODE_BYTES + 64:
-                    code = end - PAGE_SIZE + start
+                    count = min(most, (PAGE_SIZE - start - 64) // CODE_BYTES)
+                    codes = [end - PAGE_SIZE + start + index * CODE_BYTES for index in range(count)]
                     break
-    if not (code or left):
+    # One page of another mapping than the vdso is as much as is ever written to.
+    codes = codes or _apart(left)[:most]
+    if not codes:
         raise DumpError(f"process {pid} has no room for a system call that lazyd must make inside it; use `criu dump`")
-    lowest = _LOWEST + PAGE_SIZE
-    for start, end, *_ in sorted(areas):
-        if start >= lowest + SCRATCH_BYTES + PAGE_SIZE:
-            # As near as can be to what is there already: a table of pages more or less is not to be seen.
-            return Room(code or left, min(start, USER_SPACE_END) - SCRATCH_BYTES - PAGE_SIZE)
-        lowest = max(lowest, end + PAGE_SIZE)
+    ordered = sorted(areas)
+    while codes:
+        length = len(codes) * _SCRATCH_STEP
+        lowest = _LOWEST + PAGE_SIZE
+        for start, end, *_ in ordered:
+            if start >= lowest + length:
+                # As near as can be to what is there already: a table of pages more or less is not to be seen.
+                first = min(start, USER_SPACE_END) - length
+                return [Room(code, first + index * _SCRATCH_STEP) for index, code in enumerate(codes)]
+            lowest = max(lowest, end + PAGE_SIZE)
+        codes.pop()
     raise DumpError(f"process {pid} has no address space left for four pages; use `criu dump`")
+
+
+def _apart(left: list[int]) -> list[int]:
+    """Return which of some places do not overlap: two threads at once would spoil each other's code."""
+    chosen: list[int] = []
+    for code in sorted(left):
+        if not chosen or code >= chosen[-1] + CODE_BYTES:
+            chosen.append(code)
+    return chosen
 
 
 def _check_nobody_is_there(task: StoppedTask, left: int) -> None:
@@ -195,14 +299,14 @@ def _check_nobody_is_there(task: StoppedTask, left: int) -> None:
             raise DumpError(f"thread {thread.tid} is not done with what a lazyd that was killed left it; try again")
 
 
-class RemoteCalls:
-    """A stopped thread that does system calls for us, until close(). It is a context manager.
+class SteppedCalls:
+    """A stopped thread that does system calls for us, from begin() to end(), which both are Steps as all that waits.
 
     In its `scratch` from `buffers` on there are two pages for arguments and results in memory.
     """
 
     def __init__(self, pid: int, thread: Thread, room: Room) -> None:
-        """Take a thread in an event stop over. DumpError if it cannot do system calls."""
+        """Get ready for a thread in an event stop."""
         self._pid = pid
         self._thread = thread
         self._room = room
@@ -214,13 +318,9 @@ class RemoteCalls:
         self._at_entry = False
         self._batch: Batch | None = None
         self.buffers = room.scratch + _BUFFERS
-        try:
-            self._begin()
-        except BaseException:
-            self.close()
-            raise
 
-    def _begin(self) -> None:
+    def begin(self) -> Steps[None]:
+        """Take the thread over. DumpError if it cannot do system calls; end() has to come all the same."""
         self._write_code(self._code.bytes)
         # The order matters if lazyd dies between two of these: the code puts the mask back.
         self._is_taken = True
@@ -238,8 +338,8 @@ class RemoteCalls:
             )
         )
         self._thread.set_signal_mask(_ALL_SIGNALS)
-        self.to_next_stop()
-        self.to_next_stop()
+        yield from self.to_next_stop()
+        yield from self.to_next_stop()
         result = self._thread.read_registers().ax
         if result != self._room.scratch:
             hint = "the process must map four pages for a moment, and cannot; raise its limits, or use `criu dump`"
@@ -301,19 +401,19 @@ class RemoteCalls:
         self._batch = Batch(self, sinks[:-1])  # that of the wait is nothing to anybody
         return self._batch
 
-    def run(self, *calls: Call) -> list[int]:
+    def run_steps(self, *calls: Call) -> Steps[list[int]]:
         """Do some calls and return what each returned: not negative, or -errno."""
         results: list[int] = []
         for first in range(0, len(calls), MOST_CALLS):
-            results += self.start(*calls[first : first + MOST_CALLS]).finish()
+            results += yield from self.start(*calls[first : first + MOST_CALLS]).finish_steps()
         return results
 
-    def to_next_stop(self) -> None:
+    def to_next_stop(self) -> Steps[None]:
         """Let the thread run to the entry of its next system call, or from there to its exit."""
         number = 0
         while True:
             request(PTRACE_SYSCALL, self._thread.tid, 0, number)
-            status = self._wait()
+            status = yield from self._wait()
             number = os.WSTOPSIG(status)
             if number == signal.SIGTRAP | 0x80:
                 self._at_entry = not self._at_entry
@@ -324,21 +424,16 @@ class RemoteCalls:
             elif number != signal.SIGSTOP:
                 raise DumpError(f"process {self._pid}: a system call made inside it ended in signal {number}")
 
-    def run_until(self, done: int) -> None:
+    def run_until(self, done: int) -> Steps[None]:
         """Let the thread run until there is something at `done` in its memory, and stop it where it waits then."""
         request(PTRACE_CONT, self._thread.tid)
-        looks = 0
         while not any(self.read(done, 8)):
             pid, status = os.waitpid(self._thread.tid, WALL | os.WNOHANG)
             if pid:
                 self._pass_on(status)
-            looks += 1
-            if looks < 20:
-                os.sched_yield()
-            else:
-                time.sleep(20e-6)
+            yield Wait.TURN
         self._thread.interrupt()
-        while (status := self._wait()) >> 16 != PTRACE_EVENT_STOP:
+        while (status := (yield from self._wait())) >> 16 != PTRACE_EVENT_STOP:
             self._thread.interrupt()
             self._pass_on(status)
         if not self._room.code <= self._thread.read_registers().ip < self._room.code + CODE_BYTES:
@@ -360,20 +455,19 @@ class RemoteCalls:
         """Return what the system call returned at whose exit the thread is."""
         return signed(self._thread.read_registers().ax)
 
-    def _wait(self) -> int:
-        with suppress(ChildProcessError):
-            _, status = os.waitpid(self._thread.tid, WALL)
-            if os.WIFSTOPPED(status):
-                return status
-        raise self._is_gone()
+    def _wait(self) -> Steps[int]:
+        status = yield Wait.STOP
+        if not os.WIFSTOPPED(status):
+            raise self._is_gone()
+        return status
 
-    def close(self) -> None:
-        """Give back all that was taken: the thread is in an event stop as it was; a second call does nothing."""
+    def end(self) -> Steps[None]:
+        """Give back all that was taken: the thread is in an event stop as it was; a second time does nothing."""
         if self._memory < 0:
             return
         try:
             if self._is_taken:
-                self._give_back()
+                yield from self._give_back()
             self._write_code(bytes(len(self._code.bytes)))
         except ProcessLookupError:
             pass  # there is nothing left to give back to
@@ -381,24 +475,49 @@ class RemoteCalls:
             os.close(self._memory)
             self._memory = -1
 
-    def _give_back(self) -> None:
+    def _give_back(self) -> Steps[None]:
         if self._batch is not None and not self._batch.is_done:
-            self._batch.finish()  # later calls undo what earlier ones did
+            yield from self._batch.finish_steps()  # later calls undo what earlier ones did
         if self._at_entry:
-            self.to_next_stop()
+            yield from self.to_next_stop()
         # The code's own end unmaps; what the rest of it would do is done from here.
         self._thread.write_registers(self._registers._replace(ip=self._code.tail, orig_ax=_NO_SYSTEM_CALL))
-        self.to_next_stop()
-        self.to_next_stop()
+        yield from self.to_next_stop()
+        yield from self.to_next_stop()
         self._thread.set_signal_mask(self._mask)
         self._thread.interrupt()
         # From the exit of a system call to an event stop: no instruction runs in between.
         request(PTRACE_SYSCALL, self._thread.tid)
-        status = self._wait()
+        status = yield from self._wait()
         if status >> 16 != PTRACE_EVENT_STOP:
             raise DumpError(f"process {self._pid}: stopped with {status:#x} where an event stop was asked for")
         self._thread.write_registers(self._registers)
         self._is_taken = False
+
+    def drive(self, steps: Steps[_T]) -> _T:
+        """Run steps of this thread to their end."""
+        return drive(self._thread, steps)
+
+
+class RemoteCalls(SteppedCalls):
+    """The same for a thread that is waited for alone, until close(). It is a context manager."""
+
+    def __init__(self, pid: int, thread: Thread, room: Room) -> None:
+        """Take a thread in an event stop over. DumpError if it cannot do system calls."""
+        super().__init__(pid, thread, room)
+        try:
+            self.drive(self.begin())
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, *calls: Call) -> list[int]:
+        """Do some calls and return what each returned: not negative, or -errno."""
+        return self.drive(self.run_steps(*calls))
+
+    def close(self) -> None:
+        """Give back all that was taken: the thread is in an event stop as it was; a second call does nothing."""
+        self.drive(self.end())
 
     def __enter__(self) -> RemoteCalls:
         return self
@@ -412,7 +531,7 @@ class RemoteCalls:
 class Batch:
     """Some calls that a thread is about to do."""
 
-    def __init__(self, calls: RemoteCalls, sinks: list[int]) -> None:
+    def __init__(self, calls: SteppedCalls, sinks: list[int]) -> None:
         self._calls = calls
         self._sinks = sinks
         self._done = 0
@@ -421,19 +540,23 @@ class Batch:
     def step(self) -> int:
         """Do the next call and return what it returned; the thread is stopped at its exit."""
         assert self._done + 1 < len(self._sinks), "no call is left"
-        self._calls.to_next_stop()
-        self._calls.to_next_stop()
+        self._calls.drive(self._calls.to_next_stop())
+        self._calls.drive(self._calls.to_next_stop())
         self._done += 1
         return self._calls.returned()
 
-    def finish(self) -> list[int]:
+    def finish_steps(self) -> Steps[list[int]]:
         """Do all calls that are left and return what each of the batch returned."""
         self.is_done = True
         *sinks, done = self._sinks
-        self._calls.run_until(done)
+        yield from self._calls.run_until(done)
         lowest = min(sinks)
         text = self._calls.read(lowest, max(sinks) + 8 - lowest)
         return [struct.unpack_from("<q", text, sink - lowest)[0] for sink in sinks]
+
+    def finish(self) -> list[int]:
+        """Do the same, and wait for it."""
+        return self._calls.drive(self.finish_steps())
 
 
 def signed(value: int) -> int:

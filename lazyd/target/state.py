@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 from lazyd.errors import DumpError
 from lazyd.target import xstate
-from lazyd.target.process import stat_fields
-from lazyd.target.remote import Call, RemoteCalls, Room, find_room
+from lazyd.target.crowd import ask_each
+from lazyd.target.process import read_small, stat_fields
+from lazyd.target.remote import Call, RemoteCalls, SteppedCalls, Steps, find_room
 from lazyd.target.tracing import Registers, Rseq, StoppedTask, Thread, request, status_fields
 
 # arch/x86/entry/syscalls/syscall_64.tbl
@@ -196,10 +197,12 @@ def read_state(task: StoppedTask) -> TaskState:
     room = find_room(task)
     timers = list_timers(pid)
     with RemoteCalls(pid, task.leader, room) as calls:
-        leader_answers = _ask_thread(calls)
+        leader_answers = calls.drive(_ask_thread(calls))
         answers = _ask_task(calls, pid, timers)
     threads = [_read_thread(pid, task.leader, leader_answers)]
-    threads += [_read_thread(pid, thread, _ask(pid, thread, room)) for thread in task.threads[1:]]
+    others = task.threads[1:]
+    answered = ask_each(task, others, _ask_thread)
+    threads += [_read_thread(pid, thread, told) for thread, told in zip(others, answered, strict=True)]
     stat = stat_fields(pid)
     status = status_fields(pid)
     return TaskState(
@@ -275,14 +278,9 @@ def _memory_limits(stat: list[str], brk: int) -> MemoryLimits:
     )
 
 
-def _ask(pid: int, thread: Thread, room: Room) -> _Answers:
-    with RemoteCalls(pid, thread, room) as calls:
-        return _ask_thread(calls)
-
-
-def _ask_thread(calls: RemoteCalls) -> _Answers:
+def _ask_thread(calls: SteppedCalls) -> Steps[_Answers]:
     at = calls.buffers
-    *_, secure_bits = calls.run(
+    *_, secure_bits = yield from calls.run_steps(
         Call(_SYS_SIGALTSTACK, (0, at)),
         Call(_SYS_PRCTL, (_PR_GET_TID_ADDRESS, at + 24)),
         Call(_SYS_PRCTL, (_PR_GET_PDEATHSIG, at + 32)),
@@ -384,10 +382,7 @@ def _read_thread(pid: int, thread: Thread, answers: _Answers) -> ThreadState:
     return ThreadState(
         tid=thread.tid,
         # Images hold UTF-8 only: another name comes back with question marks.
-        name=Path(f"/proc/{pid}/task/{thread.tid}/comm")
-        .read_bytes()[:-1]
-        .decode(errors="replace")
-        .replace("\ufffd", "?"),
+        name=read_small(f"/proc/{pid}/task/{thread.tid}/comm")[:-1].decode(errors="replace").replace("\ufffd", "?"),
         registers=thread.registers(),
         xstate=xstate.parse(thread.xstate()),
         segments=_read_segments(thread),

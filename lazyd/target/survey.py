@@ -21,7 +21,6 @@ from lazyd.errors import DumpError
 from lazyd.target.descriptors import (
     KCMP_FILES,
     KCMP_FS,
-    KCMP_VM,
     Descriptor,
     DescriptorKind,
     find_pipe_problems,
@@ -29,8 +28,8 @@ from lazyd.target.descriptors import (
     read_descriptors,
 )
 from lazyd.target.mappings import DELETED, Known, Mapping, path_problem, read_mappings
-from lazyd.target.process import children, stat_fields
-from lazyd.target.tracing import state_of, status_fields, thread_ids
+from lazyd.target.process import children, read_small, stat_fields
+from lazyd.target.tracing import status_fields, thread_ids
 
 _PF_KTHREAD, _PF_IO_WORKER = 0x00200000, 0x00000010  # include/linux/sched.h; field 9 of stat
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
@@ -68,6 +67,10 @@ def check_is_process(pid: int) -> None:
         raise DumpError(f"{pid} is a thread of process {fields['Tgid']}; name the process")
     if _task_flags(pid) & _PF_KTHREAD:
         raise DumpError(f"process {pid} ({name}) is a kernel thread: there is nothing to dump")
+    if fields["State"][0] == "Z" and int(fields.get("Threads", "1")) > 1:
+        raise DumpError(
+            f"the main thread of process {pid} ({name}) has ended, its other threads run on: that cannot be dumped"
+        )
     if fields["State"][0] in "ZX":
         raise DumpError(f"process {pid} ({name}) is a zombie: it has ended, and its parent has not waited for it")
     if pid == os.getpid():
@@ -103,6 +106,8 @@ class Survey:
         self._tasks = frozenset(tasks) | {pid}
         self._has_tracker = has_tracker
         self._mappings: Known = {}
+        self._threads: set[int] = set()
+        """Those that are no workers of an io_uring, which threads are from the first or never."""
 
     def look(self) -> Look:
         """Return what the task consists of; DumpError if it is gone or may not be looked at."""
@@ -155,14 +160,17 @@ class Survey:
     def _of_threads(self) -> list[Problem]:
         problems: list[Problem] = []
         for tid in thread_ids(self.pid):
-            if _task_flags(tid) & _PF_IO_WORKER:
+            if tid not in self._threads and _task_flags(tid) & _PF_IO_WORKER:
                 problems.append(Problem(f"thread {tid}", "a worker of an io_uring"))
                 continue
+            self._threads.add(tid)
             with suppress(FileNotFoundError, ProcessLookupError):
-                if status_fields(tid).get("Seccomp", "0") != "0":  # each thread has its own filters
+                fields = status_fields(tid)
+                if fields.get("Seccomp", "0") != "0":  # each thread has its own filters
                     where = "seccomp" if tid == self.pid else f"thread {tid}"
                     problems.append(Problem(where, "has given up system calls (seccomp)"))
-                if not _is_text(Path(f"/proc/{self.pid}/task/{tid}/comm").read_bytes()):
+                comm = f"/proc/{self.pid}/task/{tid}/comm"
+                if "\ufffd" in fields.get("Name", "") and not _is_text(read_small(comm)):
                     problems.append(Problem(f"thread {tid}", "its name is not UTF-8"))
             if tid == self.pid:
                 continue
@@ -171,15 +179,6 @@ class Survey:
                     problems.append(Problem(f"thread {tid}", "has descriptors of its own (unshare)"))
                 if kcmp(self.pid, tid, KCMP_FS):
                     problems.append(Problem(f"thread {tid}", "has a working directory of its own (unshare)"))
-        parent = int(status_fields(self.pid)["PPid"])
-        for other in [parent, *children(self.pid)]:
-            with suppress(OSError):
-                if other and not kcmp(self.pid, other, KCMP_VM):
-                    problems.append(Problem("memory", f"shared with process {other} ({_name(other)}) (vfork or clone)"))
-                if other and not kcmp(self.pid, other, KCMP_FILES):
-                    problems.append(Problem("descriptors", f"shared with process {other} ({_name(other)}) (clone)"))
-                if other and not kcmp(self.pid, other, KCMP_FS):
-                    problems.append(Problem("directories", f"shared with process {other} ({_name(other)}) (clone)"))
         return problems
 
     def _of_mappings(self, mappings: list[Mapping]) -> list[Problem]:
@@ -199,17 +198,6 @@ class Survey:
     @staticmethod
     def _of_descriptors(descriptors: list[Descriptor]) -> list[Problem]:
         return [Problem(str(one), one.problem) for one in descriptors if one.problem]
-
-
-def find_traced(tids: Iterable[int]) -> list[Problem]:
-    """Say which processes are traced by these threads: all processes are asked, so it is done once, before a stop."""
-    tracers = frozenset(tids)
-    problems = []
-    for entry in os.listdir("/proc"):  # noqa: PTH208  names are wanted
-        with suppress(OSError, KeyError, ValueError):
-            if entry.isdigit() and int(status_fields(int(entry))["TracerPid"]) in tracers:
-                problems.append(Problem("ptrace", f"it traces process {entry} ({_name(int(entry))})"))
-    return problems
 
 
 def look_at_all(surveys: Sequence[Survey]) -> tuple[list[Look], list[Problem]]:
@@ -234,9 +222,12 @@ def refuse(pid: int, problems: list[Problem]) -> None:
     )
 
 
-def is_running(pid: int) -> bool:
-    """Say whether a task is there and has not ended."""
-    return state_of(pid) not in "ZX"
+def has_ended(pid: int) -> bool:
+    """Say whether a process has ended, all its threads."""
+    with suppress(OSError):
+        fields = status_fields(pid)
+        return fields["State"][0] in "ZX" and int(fields.get("Threads", "1")) == 1
+    return True
 
 
 def has_terminal(descriptors: list[Descriptor]) -> bool:

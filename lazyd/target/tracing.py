@@ -11,7 +11,10 @@ Facts (ptrace(2); kernel/ptrace.c, kernel/signal.c), and what follows:
   once: the thread stops before the first instruction of its handler.
 - A tracer that dies detaches: its tracees run on. A group stop that was there before is there again. So a killed
   dumper harms nobody as long as no register or memory is changed outside what `remote` does.
-- A thread is not stopped while it waits uninterruptibly: for a disk, or for its child after vfork.
+- A thread is not stopped while it waits uninterruptibly: for a disk, or for its child after vfork. It is given a
+  second, for which all other threads stand; what only has not had a processor is given longer. It cannot be let go
+  either before it stops: the kernel does that when its tracer ends.
+- A leading thread that was killed is reported when the others have been waited for, so nobody waits for it alone.
 - ptrace is per thread of the tracer: every call here has to come from the thread that seized.
 - A thread that was stopped inside a restartable sequence is made to abort it when it goes on (rseq(2)), because it
   was preempted. Its registers are therefore given as the kernel will leave them: at the abort handler.
@@ -23,6 +26,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import signal
 import struct
 import time
@@ -36,6 +40,7 @@ from ptrace import PtraceError
 from ptrace.binding.func import ptrace as _ptrace
 
 from lazyd.errors import DumpError, SystemCallError
+from lazyd.target.process import read_small
 
 # include/uapi/linux/ptrace.h; python-ptrace names only the older half.
 PTRACE_CONT = 7
@@ -71,6 +76,8 @@ ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 5
 SYS_RESTART_SYSCALL = 219
 
 STOP_TIMEOUT_S = 5.0
+_UNINTERRUPTIBLE_S = 1.0
+_LONGEST_PAUSE_S = 1e-3
 _STOP_SIGNALS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 _SIGINFO_BYTES = 128
 _XSTATE_BYTES = 16384  # more than AVX-512 and AMX take
@@ -151,11 +158,14 @@ class Thread:
     def __init__(self, tid: int, options: int = PTRACE_O_TRACESYSGOOD, *, is_ours: bool = False) -> None:
         """Seize a thread; it runs on. is_ours: its maker is traced with PTRACE_O_TRACECLONE, so it is too. OSError."""
         self.tid = tid
+        self.is_leader = True
+        """It may be the leading one, which is the last to be reported dead."""
         if not is_ours:
             request(PTRACE_SEIZE, tid, 0, options)
         self.stop_signal = 0
         """It was in a group stop already, by this signal; 0 if it ran."""
         self._registers: Registers | None = None
+        self._rseq: tuple[Rseq | None] | None = None
 
     def interrupt(self) -> None:
         """Ask it to stop; wait_stopped() sees it stop."""
@@ -164,16 +174,21 @@ class Thread:
     def wait_stopped(self, deadline: float) -> bool:
         """Wait for its event stop, handing on the signals that come before; False if the thread has ended."""
         pause = 20e-6
+        begun = time.monotonic()
         while True:
             try:
                 pid, status = os.waitpid(self.tid, WALL | os.WNOHANG)
             except ChildProcessError:
                 return False
             if not pid:
-                if time.monotonic() > deadline:
+                now = time.monotonic()
+                state = state_of(self.tid) if pause == _LONGEST_PAUSE_S else "?"
+                if state in "ZX":
+                    return False
+                if now > deadline or (state == "D" and now - begun > _UNINTERRUPTIBLE_S):
                     raise DumpError(f"thread {self.tid} does not stop: {_why_not(self.tid)}; try again later")
                 time.sleep(pause)
-                pause = min(pause * 2, 1e-3)
+                pause = min(pause * 2, _LONGEST_PAUSE_S)
                 continue
             if not os.WIFSTOPPED(status):
                 return False
@@ -256,6 +271,11 @@ class Thread:
 
     def rseq(self) -> Rseq | None:
         """Return the registered rseq area; None without one, or where the kernel cannot say (before 5.13)."""
+        if self._rseq is None:
+            self._rseq = (self._read_rseq(),)
+        return self._rseq[0]
+
+    def _read_rseq(self) -> Rseq | None:
         buffer = ctypes.create_string_buffer(24)
         try:
             request(PTRACE_GET_RSEQ_CONFIGURATION, self.tid, 24, ctypes.addressof(buffer))
@@ -283,14 +303,27 @@ class Thread:
     def detach(self) -> None:
         """Let it go, or see it dead: a thread that was killed stays, and its task with it, until its tracer waits.
 
-        A child of ours is left to whoever waits for it.
+        A child of ours is left to whoever waits for it, and one that does not stop to the kernel.
         """
         try:
             request(PTRACE_DETACH, self.tid)
         except OSError:
             with suppress(OSError, KeyError):
                 if int(status_fields(self.tid)["PPid"]) != os.getpid() or not is_leader(self.tid):
-                    os.waitpid(self.tid, WALL)
+                    self._await_end()
+
+    def _await_end(self) -> None:
+        """Wait for a thread that is not stopped: until it is dead, or stops after all and is let go. OSError."""
+        deadline = time.monotonic() + _UNINTERRUPTIBLE_S
+        while time.monotonic() < deadline:
+            pid, status = os.waitpid(self.tid, WALL | os.WNOHANG)
+            if pid:
+                if os.WIFSTOPPED(status):
+                    request(PTRACE_DETACH, self.tid)
+                return
+            if state_of(self.tid) == "D":
+                return
+            time.sleep(_LONGEST_PAUSE_S)
 
 
 def is_leader(tid: int) -> bool:
@@ -352,6 +385,7 @@ class StoppedTask:
         """Stop a task; DumpError in one line if that cannot be, and then the task runs on."""
         self.pid = pid
         self.threads: list[Thread] = []
+        self._ended: list[Thread] = []
         try:
             self._stop(time.monotonic() + timeout)
         except BaseException:
@@ -368,19 +402,24 @@ class StoppedTask:
             for thread in seized:
                 with suppress(ProcessLookupError):
                     thread.interrupt()
-            for thread in seized:
+            # The leading one last: if it was killed, it is not reported before.
+            for thread in reversed(seized):
                 if not thread.wait_stopped(deadline):
-                    self.threads.remove(thread)
-        if not self.threads:
+                    self._ended.append(thread)
+        has_leader = any(thread.is_leader for thread in self.threads) and not any(
+            thread.is_leader for thread in self._ended
+        )
+        self.threads = [thread for thread in self.threads if thread not in self._ended]
+        if not self.threads or state_of(self.pid) == "X":
             raise DumpError(f"process {self.pid} has ended")
-        if self.threads[0].tid != self.pid:
+        if not has_leader:
             raise DumpError(
                 f"the main thread of process {self.pid} has ended, its other threads run on: that cannot be dumped"
             )
 
     def _seize(self, tid: int) -> Thread | None:
         try:
-            return Thread(tid)
+            thread = Thread(tid)
         except ProcessLookupError:
             return None
         except OSError as error:
@@ -390,6 +429,8 @@ class StoppedTask:
                 return None
             hint = "no permission to trace it; run as root or with CAP_SYS_PTRACE"
             raise SystemCallError("PTRACE_SEIZE", error.errno or 0, path=f"process {self.pid}", hint=hint) from None
+        thread.is_leader = tid == self.pid
+        return thread
 
     @property
     def leader(self) -> Thread:
@@ -398,7 +439,8 @@ class StoppedTask:
 
     def release(self) -> None:
         """Let all threads go; a second call does nothing."""
-        threads, self.threads = self.threads, []
+        threads, self.threads, self._ended = [*self._ended, *self.threads], [], []
+        threads.sort(key=lambda thread: not thread.is_leader)
         for thread in reversed(threads):  # a leader that was killed can only be waited for when the others are gone
             thread.detach()
 
@@ -414,10 +456,12 @@ class StoppedTask:
         self.release()
 
 
+_STATUS_LINE = re.compile(r"^([^:\n]+):[ \t]*(.*?)[ \t]*$", re.MULTILINE)
+
+
 def status_fields(pid: int) -> dict[str, str]:
     """Return the lines of /proc/PID/status; OSError if there is no such task."""
-    lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return dict(_STATUS_LINE.findall(read_small(f"/proc/{pid}/status").decode(errors="replace")))
 
 
 def tracer_of(tid: int) -> int:

@@ -11,11 +11,9 @@ This codec is its own, a page long, so that it shares no mistake with lazyd's.
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import struct
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,8 +191,7 @@ def _spread(tables, run: tuple[int, bytes, int], random_: random.Random, eager_s
 
 def private_anonymous_vmas(suite: str, images: Path, pid: int) -> list[tuple[int, int]]:
     """Return the ranges that restore leaves to lazy pages, by crit."""
-    words = [harness.crit_command(suite), "decode", "-i", str(images / f"mm-{pid}.img")]
-    mm = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)["entries"][0]
+    (mm,) = harness.crit(suite, images / f"mm-{pid}.img")
     map_private, map_anonymous, map_locked, map_hugetlb = 0x2, 0x20, 0x2000, 0x40000
     vsyscall, vdso, vvar = 4, 8, 1 << 12
     return [

@@ -9,8 +9,11 @@ fork, so that it can be killed.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import functools
+import json
 import os
 import shutil
 import signal
@@ -38,9 +41,51 @@ def criu_command(suite: str) -> str:
     return str(ROOT / ".criu" / suite / "criu")
 
 
-def crit_command(suite: str) -> str:
-    """Return the path of a suite's crit; it need not exist."""
-    return str(ROOT / ".criu" / suite / "crit")
+_CRIT_LOOP = """
+import json, sys
+import pycriu
+for line in sys.stdin:
+    how, path = line.rstrip("\\n").split(" ", 1)
+    try:
+        with open(path, "rb") as image:
+            answer = {"entries": pycriu.images.load(image, how == "show", False)["entries"]}
+    except Exception as error:
+        answer = {"error": repr(error)}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+@functools.cache
+def _crit_process(suite: str) -> subprocess.Popen[str]:
+    """Start a suite's crit once for all images: it takes most of a second to start. The code is that of the command."""
+    root = ROOT / ".criu" / suite / "root" / "usr"
+    libraries = root / "lib" / "x86_64-linux-gnu"
+    (python,) = (root / "bin").glob("python3.[0-9]*")
+    process = subprocess.Popen(
+        [libraries / "ld-linux-x86-64.so.2", "--library-path", libraries, python, "-c", _CRIT_LOOP],
+        env={
+            "PYTHONHOME": str(root),
+            "PYTHONPATH": str(root / "lib/python3/dist-packages"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        },
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    atexit.register(process.kill)
+    return process
+
+
+def crit(suite: str, image: Path, how: str = "decode") -> list[dict]:
+    """Return the entries of an image, as the real crit decodes ("decode") or shows ("show") them."""
+    process = _crit_process(suite)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(f"{how} {image}\n")
+    process.stdin.flush()
+    answer = json.loads(process.stdout.readline())
+    assert "entries" in answer, f"crit cannot decode {image}: {answer}"
+    return answer["entries"]
 
 
 def uses_stock() -> bool:

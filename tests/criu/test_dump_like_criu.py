@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -83,12 +82,6 @@ def local_dump(victim: Victim, path: Path, form: PagemapFormat = FLAGS) -> Memor
     return counts
 
 
-def crit(suite: str, image: Path) -> list[dict]:
-    """The entries of an image, as crit decodes them."""
-    run = subprocess.run([harness.crit_command(suite), "decode", "-i", str(image)], capture_output=True, check=True)
-    return json.loads(run.stdout)["entries"]
-
-
 def place(victim: Victim, address: int) -> str:
     return next(f"{m.permissions} {m.path}" for m in victim.mappings() if m.start <= address < m.end)
 
@@ -132,7 +125,7 @@ def test_crit_decodes_what_is_written(suite, victim, tmp_path):
 
 def check_by_crit(suite: str, images: Path) -> None:
     for image in images.glob("pagemap-*.img"):
-        head, *entries = crit(suite, image)
+        head, *entries = harness.crit(suite, image)
         mine = read_entries(image)
         assert head["pages_id"] == mine[0]
         assert [entry["vaddr"] for entry in entries] == [entry.start for entry in mine[1]]
@@ -147,7 +140,7 @@ def test_crit_decodes_stats(suite, tmp_path, dialect):
         write_stats(writer, DumpStats(1e-6, 2e-6, 3e-6, 4e-6, 50, 60, 70, 80, 90), dialect)
         writer.publish()
     assert encode_stats(DumpStats(1, 1e9, 1, 1, 1, 1, 1, 1, 1), dialect), "hours do not overflow"
-    (found,) = crit(suite, tmp_path / "images/stats-dump")
+    (found,) = harness.crit(suite, tmp_path / "images/stats-dump")
     dump = found["dump"]
     assert (dump["freezing_time"], dump["frozen_time"], dump["memdump_time"], dump["memwrite_time"]) == (1, 2, 3, 4)
     assert (dump["pages_scanned"], dump["pages_skipped_parent"], dump["pages_written"]) == (50, 60, 70)

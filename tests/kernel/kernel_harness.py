@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 from images_builder import Entry, Task, build_checkpoint
 from process_harness import OFFICES, family_in, kill_processes_in
 
@@ -30,6 +31,10 @@ PID = 100
 TIMEOUT_S = 60.0
 STRESS = max(1, int(os.environ.get("LAZYD_STRESS", "1")))
 SOURCE = Path(__file__).with_name("skeleton.c")
+NEEDS_KTHREADD = pytest.mark.skipif(
+    not Path("/proc/2/comm").exists() or Path("/proc/2/comm").read_text() != "kthreadd\n",
+    reason="pid 2 is no kernel thread here: another pid namespace than the machine's",
+)
 STEADY_KINDS = [
     "registers",
     "memory",
@@ -366,3 +371,63 @@ def memory(vmas: Sequence[Vma]) -> list[str]:
 def hand_over(vmas: Sequence[Vma], pid: int) -> list[str]:
     """The steps of a restorer up to "finish"."""
     return [*memory(vmas), "open", "connect", "announce", str(pid)]
+
+
+class Dying:
+    """A program that is run again and again and dies at another step each time. It is imported once, and then forked.
+
+    Its `head` is run once, and `body` in each fork: there `limit` is how many calls of what went through `counted` are
+    made before it is killed, and `words` are what run() was given.
+    """
+
+    _PROGRAM = """
+import itertools, json, os, signal, sys
+limit, words, numbers = 0, [], itertools.count(1)
+def counted(function):
+    def counting(*arguments, **named):
+        if next(numbers) > limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **named)
+    return counting
+{head}
+def body():
+{body}
+for line in iter(sys.stdin.readline, ""):
+    limit, words = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        code = 99
+        try:
+            code = body() or 0
+        finally:
+            print(next(numbers) - 1, flush=True)
+            sys.stderr.flush()
+            os._exit(code)
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+    def __init__(self, head: str, body: str) -> None:
+        indented = "".join(f"    {line}\n" for line in body.strip().splitlines())
+        program = self._PROGRAM.replace("{head}", head).replace("{body}", indented)
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, text=True)
+
+    def run(self, limit: int, *words: object) -> tuple[int, int]:
+        """Run it once; return its exit code (negative: a signal) and how many steps it made, if it lived to tell."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([limit, [str(word) for word in words]]) + "\n")
+        self._process.stdin.flush()
+        steps = -1
+        for line in self._process.stdout:
+            if line.startswith("ended"):
+                return int(line.split()[1]), steps
+            steps = int(line)
+        raise AssertionError("the program that dies has ended itself")
+
+    def __enter__(self) -> Dying:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from kernel_harness import wait_until
+from kernel_harness import NEEDS_KTHREADD, Dying, layout, wait_until
 
 from lazyd.target import tracing
 
@@ -254,7 +254,7 @@ def test_other_namespaces_are_refused(kind, tmp_path):
         (["dump", "--pid", "x", "-D", "x"], "invalid int value"),
         (["dump", "--pid", "-3", "-D", "x"], "not a pid"),
         (["dump", "--pid", "4194303", "-D", "x"], "there is no process"),
-        (["dump", "--pid", "2", "-D", "x"], "kernel thread"),
+        pytest.param(["dump", "--pid", "2", "-D", "x"], "kernel thread", marks=NEEDS_KTHREADD),
         (["dump", "--pid", "2", "-D", "x", "-R", "-s"], "one of them"),
         (["pre-dump", "--pid", "2", "-D", "x", "-s"], "leaves the process running"),
         (["dump", "--pid", "2", "-D", "x", "--track-mem"], "--leave-running"),
@@ -498,16 +498,7 @@ def test_a_signal_ends_a_dump_in_order(start, number, tmp_path):
     assert victim.finish() == "ok\n"
 
 
-DYING = """
-import itertools, os, signal, sys
-limit = int(sys.argv.pop(1))
-numbers = itertools.count(1)
-def counted(function):
-    def counting(*arguments, **named):
-        if next(numbers) > limit:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **named)
-    return counting
+HEAD = """
 from lazyd.target import remote, state, tracing
 for module in (remote, state, tracing):
     module.request = counted(module.request)
@@ -520,17 +511,8 @@ for name in ("reserve", "write_hole", "write_pages", "write_pagemap", "close"):
     setattr(transfer.LocalTransfer, name, counted(getattr(transfer.LocalTransfer, name)))
 for name in ("dump", "finish", "dump_shared", "prepare"):
     setattr(run.MemoryDump, name, counted(getattr(run.MemoryDump, name)))
-from lazyd.cli import main
-code = main(sys.argv[1:])
-print(next(numbers) - 1)
-sys.exit(code)
+from lazyd import cli, cli_dump
 """
-
-
-def dying(limit, *words):
-    """Run lazyd, which dies by SIGKILL before one of its steps."""
-    words = [sys.executable, "-c", DYING, str(limit), *map(str, words)]
-    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
 
 
 @pytest.mark.parametrize("verb", ["dump", "pre-dump"])
@@ -538,18 +520,20 @@ def test_a_killed_lazyd_leaves_the_task_running(start, verb, tmp_path):
     """Killed before each step, one in five: each run must leave the task as it was, and no images."""
     victim = start("registers", "nanosleep", "sigsuspend", "memory")
     words = [verb, "--pid", victim.pid, "-D"]
-    extra = ["--leave-running"] if verb == "dump" else []
-    whole = dying(10**9, *words, tmp_path / "whole", *extra)
-    assert whole.returncode == 0, whole.stderr
-    steps = int(whole.stdout)
-    assert steps > 100
-    maps = len(Path(f"/proc/{victim.pid}/maps").read_text().splitlines())
-    for limit in range(0, steps, 5):
-        images = tmp_path / f"images{limit}"
-        assert dying(limit, *words, images, *extra).returncode == -signal.SIGKILL
-        wait_until(lambda: tracing.tracer_of(victim.pid) == 0, "the kernel to let go")
-        assert tracing.state_of(victim.pid) in "RSD"
-        assert not images.exists() or (images / "inventory.img").exists()
-        # What it was in the middle of it finishes by itself.
-        wait_until(lambda: len(Path(f"/proc/{victim.pid}/maps").read_text().splitlines()) == maps, "the mappings", 5)
+    extra = ["--leave-running", "-v1"] if verb == "dump" else ["-v1"]
+    with Dying(HEAD, "return cli.main(words)") as dying:
+        code, steps = dying.run(10**9, *words, tmp_path / "whole", *extra)
+        assert code == 0
+        assert steps > 100
+        maps = layout(victim.pid)[0]
+        for limit in range(0, steps, 5):
+            images = tmp_path / f"images{limit}"
+            assert dying.run(limit, *words, images, *extra)[0] == -signal.SIGKILL
+            wait_until(lambda: tracing.tracer_of(victim.pid) == 0, "the kernel to let go")
+            assert tracing.state_of(victim.pid) in "RSD"
+            assert not images.exists() or (images / "inventory.img").exists()
+            # What it was in the middle of it finishes by itself.
+            with contextlib.suppress(AssertionError):
+                wait_until(lambda: layout(victim.pid)[0] == maps, "the mappings", 5)
+            assert layout(victim.pid)[0] == maps, f"killed after {limit} steps"
     assert victim.finish() == "ok\n"

@@ -7,8 +7,10 @@ The victim, tests/victims/steady.c, checks itself: its registers, its memory, wh
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -16,13 +18,14 @@ import time
 from pathlib import Path
 
 import pytest
-from kernel_harness import STEADY_KINDS, STRESS, layout, wait_until
+from kernel_harness import NEEDS_KTHREADD, STEADY_KINDS, STRESS, Dying, layout, wait_until
 
 from lazyd.errors import DumpError
-from lazyd.target import tracing
+from lazyd.target import remote, tracing
+from lazyd.target.crowd import ask_each
 from lazyd.target.remote import Call, RemoteCalls, Result, find_room
 from lazyd.target.survey import check_is_process
-from lazyd.target.tracing import StoppedTask
+from lazyd.target.tracing import StoppedTask, status_fields
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SYS_GETTID, SYS_GETPID, SYS_DUP, SYS_CLOSE, SYS_UNAME, SYS_GETPPID = 186, 39, 32, 3, 63, 110
@@ -166,7 +169,7 @@ def test_the_parent_of_a_vfork_is_refused(tmp_path):
     ("make", "words"),
     [
         (lambda _: 2**22 - 1, "there is no process"),
-        (lambda _: 2, "kernel thread"),
+        pytest.param(lambda _: 2, "kernel thread", marks=NEEDS_KTHREADD),
         (lambda _: os.getpid(), "lazyd itself"),
         (lambda victim: max(tracing.thread_ids(victim.pid)), "is a thread of process"),
     ],
@@ -204,26 +207,19 @@ def test_a_task_that_somebody_traces(start):
 
 # ---- lazyd is killed ----
 
-DYING = """
-import itertools, os, signal, sys
+HEAD = """
 from lazyd.target import remote, tracing
-pid, limit = int(sys.argv[1]), int(sys.argv[2])
-numbers = itertools.count(1)
-def counted(function):
-    def counting(*arguments):
-        if next(numbers) > limit:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments)
-    return counting
 for module in (remote, tracing):
     module.request = counted(module.request)
 os.pwrite = counted(os.pwrite)
+"""
+BODY = """
+pid = int(words[0])
 with tracing.StoppedTask(pid) as task:
     room = remote.find_room(task)
     for thread in task:
         with remote.RemoteCalls(pid, thread, room) as calls:
             calls.run(remote.Call(32, (0,)), remote.Call(3, (remote.Result(0),)), remote.Call(63, (calls.buffers,)))
-print(next(numbers) - 1)
 """
 
 
@@ -234,20 +230,84 @@ def test_lazyd_is_killed_before_each_of_its_steps(start, kinds):
     """Every request to ptrace and every write to the task's memory is once the last that lazyd does."""
     victim = start(*kinds)
     before = layout(victim.pid)
+    with Dying(HEAD, BODY) as dying:
+        code, steps = dying.run(10**9, victim.pid)
+        assert code == 0
+        assert steps > 40
+        for limit in range(steps):
+            assert dying.run(limit, victim.pid)[0] == -signal.SIGKILL
+            # What it ran when it was let go it finishes by itself.
+            wait_until(
+                lambda: layout(victim.pid) == before, f"the task to be as before, lazyd killed after {limit} steps", 5
+            )
+        assert dying.run(10**9, victim.pid)[0] == 0
+    assert victim.finish() == "ok\n"
 
-    def run(limit):
-        words = [sys.executable, "-c", DYING, str(victim.pid), str(limit)]
-        return subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
 
-    whole = run(10**9)
-    assert whole.returncode == 0, whole.stderr
-    steps = int(whole.stdout)
-    assert steps > 40
-    for limit in range(steps):
-        assert run(limit).returncode == -signal.SIGKILL
-        # What it ran when it was let go it finishes by itself.
-        wait_until(
-            lambda: layout(victim.pid) == before, f"the task to be as before, lazyd killed after {limit} steps", 5
-        )
-    assert run(10**9).returncode == 0
+LEFT = bytes.fromhex("6c7a2d72656d6f74 9f1c56e0a7b34d28")
+"""What the code of the system calls begins with, so that it is known again."""
+CROWD = """
+from lazyd.target.crowd import ask_each
+def ask(calls):
+    _, _, uname = yield from calls.run_steps(
+        remote.Call(32, (0,)), remote.Call(3, (remote.Result(0),)), remote.Call(63, (calls.buffers,))
+    )
+    return uname, calls.read(calls.buffers, 6)
+with tracing.StoppedTask(int(words[0])) as task:
+    assert ask_each(task, task.threads, ask) == [(0, b"Linux\\0")] * len(task.threads)
+"""
+
+
+def test_lazyd_is_killed_while_several_threads_do_calls(start):
+    """As many as there is room for are in the middle of it at once; each finishes by itself."""
+    victim = start("registers", "nanosleep", "sigsuspend", "futex", "poll", "handler")
+    before = layout(victim.pid)
+    with Dying(HEAD, CROWD) as dying:
+        code, steps = dying.run(10**9, victim.pid)
+        assert code == 0
+        assert steps > 100
+        for limit in range(0, steps, 1 if STRESS > 1 else 4):
+            assert dying.run(limit, victim.pid)[0] == -signal.SIGKILL
+            wait_until(
+                lambda: layout(victim.pid) == before, f"the task to be as before, lazyd killed after {limit} steps", 5
+            )
+        assert dying.run(10**9, victim.pid)[0] == 0
+    assert victim.finish() == "ok\n"
+
+
+def test_what_dead_lazyds_have_left_is_not_used_twice_at_once(start):
+    """Places that overlap, all over the room behind the vdso: as if many had been killed there."""
+    victim = start(*STEADY_KINDS)
+    with StoppedTask(victim.pid) as task:
+        first = find_room(task).code
+        end = -(-first // 4096) * 4096
+        with Path(f"/proc/{victim.pid}/mem").open("r+b", 0) as memory:
+            for at in range(first, end - remote.CODE_BYTES, remote.CODE_BYTES - 24):
+                memory.seek(at)
+                memory.write(LEFT)
+            memory.seek(end - 8)
+            memory.write(b"\1" * 8)
+        places = sorted(room.code for room in remote.find_rooms(task, 16))
+        assert len(places) > 1
+        assert all(one + remote.CODE_BYTES <= other for one, other in itertools.pairwise(places))
+    for _ in range(5):
+        look_around(victim.pid)
+    assert victim.finish() == "ok\n"
+
+
+def test_several_threads_where_there_is_room_for_one(start):
+    """Limits may let one thread map the few pages that it needs, and not all of them at once."""
+    victim = start(*STEADY_KINDS)
+    size = int(status_fields(victim.pid)["VmSize"].split()[0]) << 10
+    tight = size + remote.SCRATCH_BYTES
+    resource.prlimit(victim.pid, resource.RLIMIT_AS, (tight, resource.prlimit(victim.pid, resource.RLIMIT_AS)[1]))
+    asked = Call(SYS_GETTID)
+
+    def ask(calls):
+        return (yield from calls.run_steps(asked))[0]
+
+    with StoppedTask(victim.pid) as task:
+        assert ask_each(task, task.threads, ask) == [thread.tid for thread in task]
+    limit = resource.prlimit(victim.pid, resource.RLIMIT_AS)[1]
+    resource.prlimit(victim.pid, resource.RLIMIT_AS, (limit, limit))
     assert victim.finish() == "ok\n"

@@ -8,6 +8,7 @@ both images then have are compared with the task's own, so that a page that is w
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import os
 import signal
@@ -22,8 +23,9 @@ from dump_harness import dump, entry_kinds, read_back
 from kernel_harness import task_state
 from pages_victim import BASE, PAGE, RW, Victim
 
-from lazyd.dump.core import Area, AreaKind, PagemapFormat, Track, track_method
-from lazyd.dump.tracker import take
+from lazyd.dump import tracker as tracker_module
+from lazyd.dump.core import Area, AreaKind, AreaList, PagemapFormat, Scanner, Track, track_method
+from lazyd.dump.tracker import Tracker, needs_uffd, take
 from lazyd.image import Dialect
 from lazyd.image.verify import verify
 
@@ -540,3 +542,41 @@ def test_soft_dirty_bits_are_used_exactly_where_the_kernel_has_them():
     except FileNotFoundError:
         pytest.skip("the kernel does not say how it was configured")
     assert (track_method() is Track.SOFT_DIRTY) == ("CONFIG_MEM_SOFT_DIRTY=y" in config.splitlines())
+
+
+# ---- why nothing is tracked ----
+
+
+def armed_tracker(victim):
+    """A tracker that has something to leave."""
+    tracker = Tracker.start(victim.pid, victim.uffd() if needs_uffd() else -1)
+    with Scanner(victim.pid) as scanner:
+        assert tracker.arm(scanner, AreaList(victim.areas()))
+    return tracker
+
+
+class FullScanner:
+    """As if the kernel had no memory left for it."""
+
+    def arm(self, *_):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+def test_leaving_a_tracker_says_why_it_fails(victim, tmp_path, monkeypatch):
+    """Nowhere to listen; a holder that ends at once, and memory that the kernel does not protect."""
+    victim.map(BASE, 1)
+    victim.write(BASE, 1, 1)
+    (tmp_path / "pagemap.img").touch()
+    monkeypatch.setattr(tracker_module, "_runtime_directory", lambda: tmp_path / "missing")
+    why = armed_tracker(victim).leave(tmp_path, "pagemap.img")
+    assert "missing" in why
+    assert "ENOENT" in why
+    monkeypatch.setattr(tracker_module, "_runtime_directory", lambda: tmp_path)
+    failing = tmp_path / "failing.py"
+    failing.write_text("raise OSError('no such luck')\n")
+    monkeypatch.setattr(tracker_module.holder, "__file__", str(failing))
+    assert armed_tracker(victim).leave(tmp_path, "pagemap.img").endswith("OSError: no such luck")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["failing.py", "pagemap.img"]
+    tracker = armed_tracker(victim)
+    assert tracker.arm(FullScanner(), AreaList([])) == 0
+    assert os.strerror(errno.ENOMEM) in tracker.leave(tmp_path, "pagemap.img")

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import resource
 import signal
@@ -19,6 +21,8 @@ from lazyd.image.writer import ImagesWriter
 BODY = b"\x08\x01"
 # What the frame makes of BODY: two magics, the length, the body.
 FRAMED = bytes.fromhex("19435654" + "30302750" + "02000000") + BODY
+
+EXPECTED = {"inventory.img", "pstree.img", "pages-1.img", "parent"}
 
 
 def fill(writer: ImagesWriter) -> None:
@@ -182,3 +186,77 @@ def test_never_writes_over_a_file_of_its_own(tmp_path):
         writer.write_file("pstree.img", b"once")
         with pytest.raises(SystemCallError, match="EEXIST"):
             writer.create("pstree.img")
+
+
+def die_at(step, path, may_hold):
+    """Write images in a child that is killed before its step-th system call that changes a directory; say if it was."""
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        return os.WIFSIGNALED(status)
+    try:
+        numbers = itertools.count()
+
+        def counted(function):
+            def counting(*arguments, **named):
+                if next(numbers) == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **named)
+
+            return counting
+
+        for name in ("rename", "unlink", "rmdir", "mkdir", "symlink", "open", "write", "fchmod"):
+            setattr(os, name, counted(getattr(os, name)))
+        with ImagesWriter(path, parent=path.parent / "before", may_hold=may_hold) as writer:
+            fill(writer)
+            writer.publish()
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.parametrize("there", ["nothing", "an empty directory", "our log"])
+def test_killed_at_every_step_the_images_are_whole_or_not_there(there, tmp_path):
+    """And the next writer for the same name is not kept from it, and finds nothing of the one before in its way."""
+    before = tmp_path / "before"
+    before.mkdir()
+    (before / "inventory.img").write_bytes(b"kept")
+    may_hold = ["dump.log"] if there == "our log" else []
+    outcomes = set()
+    for step in itertools.count():
+        path = tmp_path / f"images{step}"
+        if there != "nothing":
+            path.mkdir()
+        for name in may_hold:
+            (path / name).write_text("kept")
+        was_killed = die_at(step, path, may_hold)
+        is_whole = path.is_dir() and "inventory.img" in names(path)
+        outcomes.add(is_whole)
+        if is_whole:
+            assert names(path) >= EXPECTED
+            with pytest.raises(DumpError, match="not empty"):
+                ImagesWriter(path, parent=before, may_hold=may_hold)
+        else:
+            with ImagesWriter(path, parent=before, may_hold=may_hold) as writer:
+                fill(writer)
+                writer.publish()
+        assert names(path) == EXPECTED | {*may_hold}
+        assert all((path / name).read_text() == "kept" for name in may_hold)
+        assert not [name for name in names(tmp_path) if name.startswith(".")]
+        assert (before / "inventory.img").read_bytes() == b"kept"
+        if not was_killed:
+            break
+    assert step >= 8
+    assert outcomes == {True, False}
+
+
+def test_what_somebody_else_put_there_is_not_taken_for_ours(tmp_path):
+    """A file of the same name as one of a killed writer's, but another file: it stays, and the writer says so."""
+    path = tmp_path / "images"
+    path.mkdir()
+    hidden = path / ".images.partial-old"
+    hidden.mkdir()
+    (path / "pstree.img").write_text("somebody's")
+    (hidden / ".moving").write_text(json.dumps({"pstree.img": (path / "pstree.img").stat().st_ino + 1}))
+    with pytest.raises(DumpError, match=r"not empty, it holds pstree\.img"):
+        ImagesWriter(path, parent=None)
+    assert (path / "pstree.img").read_text() == "somebody's"

@@ -149,7 +149,7 @@ static void check_threads(void)
 
 /* ---- what it has ---- */
 
-static char *large, *moved, *gone, *shut, *empty, *own_file, *shared, *heap;
+static char *large, *moved, *gone, *shut, *empty, *own_file, *shared, *twin, *heap;
 static size_t large_bytes;
 static int file;
 static timer_t timer;
@@ -207,6 +207,7 @@ static void set_up(size_t mib)
 	own_file = map(AREA, MAP_PRIVATE, file);
 	fill(own_file + PAGE, 3 * PAGE);
 	fill(shared = map(AREA, MAP_SHARED | MAP_ANONYMOUS, -1), AREA / 2);
+	fill(twin = map(AREA, MAP_SHARED | MAP_ANONYMOUS, -1), AREA);
 	fill(heap = sbrk((intptr_t)AREA), AREA);
 	NEED(signal(SIGUSR1, handler) != SIG_ERR && signal(SIGUSR2, SIG_IGN) != SIG_ERR);
 	sigset_t mask;
@@ -228,6 +229,24 @@ static void set_up(size_t mib)
 	while (!tids[0] || !tids[1] || !tids[2] || !tids[3])
 		usleep(100);
 	free(malloc(1 << 16));
+}
+
+/* What was asked of madvise and mlock since is forgotten. */
+static void check_flags(const char *at)
+{
+	char line[4096];
+	unsigned long start, end;
+	int is_here = 0;
+	FILE *file_of_maps = fopen("/proc/self/smaps", "r");
+	NEED(file_of_maps);
+	while (fgets(line, sizeof(line), file_of_maps)) {
+		if (sscanf(line, "%lx-%lx ", &start, &end) == 2)
+			is_here = start <= (uintptr_t)at && (uintptr_t)at < end;
+		else if (is_here && !strncmp(line, "VmFlags:", 8) &&
+			 (strstr(line, " dc") || strstr(line, " dd") || strstr(line, " lo") || strstr(line, " rr")))
+			fail("the mapping at %p: %s", (const void *)at, line);
+	}
+	fclose(file_of_maps);
 }
 
 static void check_all(void)
@@ -262,6 +281,9 @@ static void check_all(void)
 			fail("file: at %zu", i);
 	check("shared", shared, AREA / 2, 1);
 	check("shared", shared + AREA / 2, AREA / 2, 0);
+	check("twin", twin, AREA, 1);
+	check_flags(own_file);
+	check_flags(twin);
 	check("heap", heap, AREA, 1);
 	NEED(sbrk(0) == heap_end);
 	check_threads();
@@ -305,7 +327,15 @@ static void change_all(void)
 		NEED(!munmap(own_file, AREA));
 	else
 		NEED(!mprotect(own_file, 2 * PAGE, PROT_READ));
+	for (int i = 0; i < 3; i++) {
+		NEED(!madvise(own_file, AREA, (int[]){ MADV_DONTFORK, MADV_DONTDUMP, MADV_RANDOM }[i]) || x >> 40 & 1);
+		NEED(!madvise(twin, AREA, (int[]){ MADV_DONTFORK, MADV_DONTDUMP, MADV_RANDOM }[i]));
+	}
+	NEED(!mlock(twin, AREA));
 	memset(shared, 0x77, AREA);
+	memset(twin, 0x78, AREA);
+	if (x >> 42 & 1) /* now both are one object */
+		NEED(mremap(shared, 0, AREA, MREMAP_MAYMOVE | MREMAP_FIXED, twin) == twin);
 	if (x >> 41 & 1)
 		NEED(mmap(shared, AREA, PROT_READ, anonymous | MAP_FIXED, -1, 0) != MAP_FAILED);
 	memset(heap, 0x11, AREA);
