@@ -27,9 +27,11 @@ from lazyd.target import Attached
 from lazyd.target.attach import empty_ranges, merge_ranges
 from lazyd.target.mappings import find_pages
 from lazyd.target.puppet import Puppet, Step, find_workshop
-from lazyd.target.userfault import enable_missing, register_missing, take_userfaultfd
+from lazyd.target.userfault import enable_missing, register_missing, take_userfaultfd, unregister
 
 _SYS_CLOSE, _SYS_USERFAULTFD = 3, 323
+_SYS_MADVISE, _MADV_DONTNEED = 28, 4
+_MOST_DROPS = 100  # each time somebody may look again
 
 
 class Restored:
@@ -77,7 +79,7 @@ class Restored:
         if is_registered and not is_eager:
             uffd = open_userfaultfd(puppet)
             self.tasks.append(Attached(plan.pid, plan.pid, uffd))
-        self.warning = dress(plan, puppet, uffd, with_credentials=True)
+        self.warning = dress(plan, puppet, uffd, filled, with_credentials=True)
         if uffd >= 0:
             check_empty(plan, filled)
 
@@ -132,10 +134,11 @@ def open_userfaultfd(puppet: Puppet) -> int:
         puppet.run([Step("close", _SYS_CLOSE, (fd,))])
 
 
-def dress(plan: Plan, puppet: Puppet, uffd: int, *, with_credentials: bool) -> str:
+def dress(plan: Plan, puppet: Puppet, uffd: int, filled: Sequence[Extent], *, with_credentials: bool) -> str:
     """Give a puppet with the memory and the threads of a task all else; it runs nothing of its own after that.
 
-    Its lazy memory is registered with uffd, if that is none below 0. Returns a warning, or nothing.
+    Its lazy memory, but for what is filled, is registered with uffd, if that is none below 0. Returns a warning, or
+    nothing.
     """
     puppet.run(tasks.task_steps(plan))
     tasks.make_timers(plan, puppet)
@@ -145,10 +148,7 @@ def dress(plan: Plan, puppet: Puppet, uffd: int, *, with_credentials: bool) -> s
     warning = tasks.set_process_files(plan)
     puppet.run(tasks.limit_steps(plan))
     if uffd >= 0:
-        enable_missing(uffd, plan.pid)
-        for area in plan.vmas:
-            if area.is_lazy:
-                register_missing(uffd, area.start, area.end - area.start, plan.pid)
+        _register(plan, puppet, uffd, filled)
     for thread in reversed(plan.threads):  # the leader last: it still has to start timers
         if with_credentials:
             puppet.run(tasks.credential_steps(thread), thread.tid)
@@ -166,19 +166,43 @@ def dress(plan: Plan, puppet: Puppet, uffd: int, *, with_credentials: bool) -> s
     return warning
 
 
+def _register(plan: Plan, puppet: Puppet, uffd: int, filled: Sequence[Extent]) -> None:
+    """Register lazy memory, and drop what pages have come to be in it before that.
+
+    Whoever reads /proc/PID/cmdline or environ, as ps does, makes pages of zeros where there are none yet. Once the
+    memory is registered that fails for them; to drop a page then would wait for an event.
+    """
+    pid = plan.pid
+    enable_missing(uffd, pid)
+    for area in plan.vmas:
+        if area.is_lazy:
+            register_missing(uffd, area.start, area.end - area.start, pid)
+    for _ in range(_MOST_DROPS):
+        if not (found := _find_strangers(plan, filled)):
+            break
+        for start, end, _ in found:
+            unregister(uffd, start, end - start, pid)
+            puppet.run([Step("madvise", _SYS_MADVISE, (start, end - start, _MADV_DONTNEED))])
+            register_missing(uffd, start, end - start, pid)
+
+
 def check_empty(plan: Plan, filled: Sequence[Extent]) -> None:
     """See that nothing is where pages are still to come: what is there is never asked for. RestoreError."""
+    if found := _find_strangers(plan, filled):
+        start, end, pages = found[0]
+        raise RestoreError(f"task {plan.pid}: {pages} pages are in {start:#x}-{end:#x} that nobody has put there")
+
+
+def _find_strangers(plan: Plan, filled: Sequence[Extent]) -> list[tuple[int, int, int]]:
+    """Return (start, end, pages) of ranges with pages that are still to come."""
     known = [(int(extent.start), int(extent.end)) for extent in filled]
     present = merge_ranges([*known, *memories.rseq_pages(plan)])
     try:
-        found = find_pages(plan.pid, empty_ranges(plan.vmas, present))
+        return find_pages(plan.pid, empty_ranges(plan.vmas, present))
     except OSError as error:
         if error.errno == errno.ENOTTY:
-            return  # Linux before 6.7
+            return []  # Linux before 6.7
         raise
-    if found:
-        start, end, pages = found[0]
-        raise RestoreError(f"task {plan.pid}: {pages} pages are in {start:#x}-{end:#x} that nobody has put there")
 
 
 def restore_alone(images: Path, dialect: str, *, is_eager: bool, stopped: bool) -> tuple[int, str]:

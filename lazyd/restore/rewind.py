@@ -135,7 +135,7 @@ class Rewound:
         uffd = open_userfaultfd(puppet)
         self.tasks.append(Attached(plan.pid, plan.pid, uffd))
         self._seek(puppet)
-        self.warning = dress(plan, puppet, uffd, with_credentials=False)
+        self.warning = dress(plan, puppet, uffd, filled, with_credentials=False)
         check_empty(plan, filled)
 
     @staticmethod

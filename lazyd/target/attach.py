@@ -79,6 +79,13 @@ class Attachment:
         for vma in expected.vmas:
             if vma.is_lazy:
                 register_missing(uffd, vma.start, vma.end - vma.start, pid)
+        # Whoever has read /proc/PID/cmdline meanwhile, as ps does, has made a page of zeros of it.
+        if late := find_pages(pid, empty_ranges(expected.vmas, filled)):
+            start, end, _ = late[0]
+            raise AttachError(
+                f"process {pid}: somebody looked into its empty memory, {start:#x}-{end:#x}, before it was registered;"
+                " try again with --drop-pages"
+            )
 
     def release(self) -> None:
         """Let the tasks go: somebody serves them. A second call does nothing."""

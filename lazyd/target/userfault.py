@@ -20,8 +20,8 @@ from lazyd.target.tracing import StoppedTask
 _SYS_CLOSE, _SYS_USERFAULTFD = 3, 323
 UFFD_USER_MODE_ONLY = 1
 # include/uapi/linux/userfaultfd.h: struct uffdio_api and uffdio_register; features EVENT_FORK, REMAP, REMOVE, UNMAP
-_UFFDIO_API, _UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
-_API, _REGISTER = struct.Struct("3Q"), struct.Struct("4Q")
+_UFFDIO_API, _UFFDIO_REGISTER, _UFFDIO_UNREGISTER = 0xC018AA3F, 0xC020AA00, 0x8010AA01
+_API, _REGISTER, _RANGE = struct.Struct("3Q"), struct.Struct("4Q"), struct.Struct("2Q")
 _UFFD_API, _EVENTS, _MODE_MISSING = 0xAA, 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6, 1
 
 
@@ -65,3 +65,12 @@ def register_missing(uffd: int, start: int, length: int, pid: int) -> None:
         where = f"process {pid}, {start:#x}-{start + length:#x}"
         hint = "it belongs to another userfaultfd" if error.errno == errno.EBUSY else ""
         raise SystemCallError("UFFDIO_REGISTER", error.errno or 0, path=where, hint=hint) from error
+
+
+def unregister(uffd: int, start: int, length: int, pid: int) -> None:
+    """Take a range back. SystemCallError that names it."""
+    try:
+        fcntl.ioctl(uffd, _UFFDIO_UNREGISTER, bytearray(_RANGE.pack(start, length)))
+    except OSError as error:
+        where = f"process {pid}, {start:#x}-{start + length:#x}"
+        raise SystemCallError("UFFDIO_UNREGISTER", error.errno or 0, path=where) from error

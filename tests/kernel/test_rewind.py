@@ -336,3 +336,26 @@ def start_script(tmp_path):
     yield start
     for victim in victims:
         victim.close()
+
+
+def test_while_somebody_reads_its_command_line(start):
+    """As ps does: the page that is read comes into being, full of zeros, wherever it is looked for too early."""
+    victim = start()
+    victim.check()
+    with reading(victim.pid):
+        for _ in range(3 * STRESS):
+            victim.forget()
+            code, said = victim.rewind()
+            assert code == 0, said
+            victim.check(said)
+
+
+@contextlib.contextmanager
+def reading(pid):
+    """Read a process's command line and environment without end."""
+    code = f"while True:\n for name in ('cmdline', 'environ'): open('/proc/{pid}/' + name, 'rb').read()"
+    with subprocess.Popen([sys.executable, "-c", code]) as reader:
+        try:
+            yield
+        finally:
+            reader.kill()
