@@ -50,6 +50,7 @@ from lazyd.restore.vma import Area
 from lazyd.restore.vma import Kind as AreaKind
 from lazyd.target import Attached
 from lazyd.target.descriptors import take_descriptor
+from lazyd.target.mappings import find_pages
 from lazyd.target.process import stat_fields
 from lazyd.target.puppet import WORKSHOP_BYTES, Puppet, Step, find_gap, find_workshop
 from lazyd.target.remote import Call, RemoteCalls, find_room
@@ -68,6 +69,7 @@ _FALLOC_KEEP_SIZE_PUNCH_HOLE = 3
 _ALL_SIGNALS = bytes([0xFF] * 8)
 _TABLE_BYTES = 2 << 20  # what one table of pages covers
 _SLICE_BYTES = 16 << 20
+_SLICE_PAGES = _SLICE_BYTES // PAGE_SIZE
 _PAUSE_S = 0.002
 _MOST_FAILURES = 10
 
@@ -90,6 +92,7 @@ class Rewound:
         self._memory = memory
         self._puppet: Puppet | None = None
         self._aside: list[_Slice] = []
+        self._slice_bytes = _SLICE_BYTES
         check_before(plan, plan.pid)
         memories.check_vdso(plan, memory)
         self._program = _program(plan.pid)
@@ -269,7 +272,7 @@ class Rewound:
     def _sweep_slice(self) -> bool:
         """Free one slice; False if the task has become another program, whose memory is none of ours."""
         pid, area = self._plan.pid, self._aside[-1]
-        start = max(area.start, area.end - _SLICE_BYTES)
+        start = self._slice_start(area)
         with StoppedTask(pid) as stopped:
             if _program(pid) != self._program:
                 return False
@@ -283,6 +286,19 @@ class Rewound:
         if start == area.start:
             self._aside.pop()
         return True
+
+    def _slice_start(self, area: _Slice) -> int:
+        """Return where the last slice begins that has no more pages than a full one: reserved memory has few."""
+        size = 2 * self._slice_bytes
+        with suppress(OSError):  # Linux before 6.7
+            while size > _SLICE_BYTES:
+                start = max(area.start, area.end - size)
+                if sum(pages for _, _, pages in find_pages(self._plan.pid, [(start, area.end)])) <= _SLICE_PAGES:
+                    self._slice_bytes = size
+                    return start
+                size //= 2
+        self._slice_bytes = _SLICE_BYTES
+        return max(area.start, area.end - _SLICE_BYTES)
 
     def close(self) -> None:
         """Give up: the task is ended. Does nothing after release()."""

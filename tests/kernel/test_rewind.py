@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -359,3 +360,25 @@ def reading(pid):
             yield
         finally:
             reader.kill()
+
+
+RESERVING = """
+import mmap, pathlib, time
+reserved = mmap.mmap(-1, 1 << 40, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+for at in range(0, len(reserved), 1 << 35):
+    reserved[at] = 1
+pathlib.Path("STATE/ready").touch()
+while True:
+    time.sleep(0.01)
+"""
+
+
+def test_reserved_memory_is_freed_at_once(start_script):
+    """A slice for each 16 MiB of a TiB would be 65,536 stops, minutes of them."""
+    victim = start_script(RESERVING)
+    for _ in range(2):
+        began = time.monotonic()
+        code, said = victim.rewind()
+        assert code == 0, said
+        assert time.monotonic() - began < 60
+    assert victim.process.poll() is None
