@@ -14,8 +14,9 @@ Facts, and what follows:
 - What is moved aside counts twice for a while: where that is limited (RLIMIT_AS, RLIMIT_DATA, strict overcommit) it is
   freed at once.
 - A mapping of a file or of shared memory that is still there stays, and loses what the task wrote to it: for that, no
-  file has to be opened with the rights that the task has left. Whether it is locked, not inherited or not dumped (mlock, MADV_DONTFORK, MADV_DONTDUMP) is put back; that it shall
-  have huge pages or none stays, because nothing takes that advice back.
+  file has to be opened with the rights that the task has left. Whether it is locked, not inherited or not dumped
+  (mlock, MADV_DONTFORK, MADV_DONTDUMP) is put back; that it shall have huge pages or none stays, because nothing takes
+  that advice back.
 - A thread that is made again needs its id (clone3, set_tid), and so a task that may choose ids.
 """
 
