@@ -42,6 +42,8 @@ from lazyd.target.attach import attach_all, find_tasks
 
 LAZY_BASE, LAZY_PAGES = 0x2000_0000_0000, 1024
 IMAGE_PID = 100
+VICTIMS = Path(__file__).parent.parent / "victims"
+RESTART_SYSCALL = 219  # arch/x86/entry/syscalls/syscall_64.tbl
 
 
 def stop(pid):
@@ -540,4 +542,55 @@ def test_a_daemon_says_when_it_is_attached(start, serve, tmp_path):
     wait_until(lambda: layout(victim.pid) == before, "the task to be as before", 5)
     (victim.state / "served").touch()
     time.sleep(0.02)
+    assert victim.finish() == "ok\n"
+
+
+@pytest.fixture(scope="session")
+def tracer(tmp_path_factory):
+    """What strace does, compiled."""
+    target = tmp_path_factory.mktemp("tracer") / "tracer"
+    words = ["gcc", "-std=gnu11", "-O2", "-g", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([*words, "-o", str(target), str(VICTIMS / "tracer.c")], check=True)
+    return target
+
+
+def trace_until(tracer, pid, log, what, condition=lambda: True):
+    """Trace a process for some 1,500 lines, and until the condition holds; return them: (thread, word, number)."""
+    with subprocess.Popen([tracer, str(pid), log], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "tracing\n"
+            wait_until(lambda: log.stat().st_size > 20_000 and condition(), what)
+        finally:
+            process.send_signal(signal.SIGINT)
+            code = process.wait()
+    assert code == 0
+    lines = [line.split() for line in log.read_text().splitlines()]
+    return [(int(tid), word, int(number)) for word, tid, number in lines]
+
+
+def test_strace_before_and_after(start, serve, tracer, tmp_path):
+    """A log of what the program does has no call that it did not do before, and none fails that did not."""
+    victim = start("nanosleep", "poll", "ppoll", "futex", "read", "sigsuspend", "pending", "lazy")
+    before = layout(victim.pid)
+    first = trace_until(tracer, victim.pid, tmp_path / "first", "calls before")
+    daemon = serve(victim.pid)
+    daemon.wait_attached()
+    second = trace_until(
+        tracer, victim.pid, tmp_path / "second", "calls after", lambda: daemon.process.poll() is not None
+    )
+    assert daemon.wait() == 0, daemon.output
+
+    def seen(log, word):
+        return {(tid, number) for tid, at, number in log if at == word}
+
+    def failures(log):
+        # But for what the kernel says to itself when a call is to be restarted: ERESTARTSYS and the like.
+        return {(tid, number) for tid, number in seen(log, "<") if number < 0 and not -516 <= number <= -512}
+
+    restarted = {(int(tid), RESTART_SYSCALL) for tid in tracing.thread_ids(victim.pid)}
+    assert seen(second, ">") - seen(first, ">") <= restarted
+    assert seen(second, "!") <= seen(first, "!")
+    assert failures(second) <= failures(first)
+    assert layout(victim.pid) == before
+    (victim.state / "served").touch()
     assert victim.finish() == "ok\n"
