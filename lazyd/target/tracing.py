@@ -36,10 +36,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from ptrace import PtraceError
-from ptrace.binding.func import ptrace as _ptrace
-
 from lazyd.errors import DumpError, SystemCallError
+from lazyd.target.binding import PtraceError
+from lazyd.target.binding import ptrace as _ptrace
 from lazyd.target.process import read_small
 
 # include/uapi/linux/ptrace.h; python-ptrace names only the older half.
