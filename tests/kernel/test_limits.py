@@ -85,7 +85,8 @@ def test_more_tasks_than_descriptors_are_refused_before_anyone_may_connect(stage
 
 def test_forks_with_few_descriptors(stage):
     stage.build({PID: VMAS})
-    daemon = stage.start_daemon(prepare=limit_descriptors(64))
+    ours = len(list(Path("/proc/self/fd").iterdir()))  # which it inherits
+    daemon = stage.start_daemon(prepare=limit_descriptors(ours + 50))
     skeleton = stage.start_skeleton(*hand_over(VMAS, PID), "finish", "hangup", "forks", "60", "sweep", "random", "1")
     assert skeleton.wait() == (0, "ok\n"), daemon.output
     skeleton.close()
