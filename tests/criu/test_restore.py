@@ -162,6 +162,7 @@ def work(number):
     while not stop.is_set():
         count[number] += 1
         assert words[count[number] * 7919 % len(words)] == count[number] * 7919 % len(words)
+        time.sleep(0.0002)  # or the others hardly get the interpreter
 threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
 for thread in threads:
     thread.start()
