@@ -292,22 +292,11 @@ def _floating_point(state: xstate.ExtendedState) -> Record:
     }
     if state.parts:
         record["xsave"] = {"xstate_bv": state.in_use}
-        for bit, (name, letter) in _XSAVE_FIELDS.items():
+        for bit, (name, letter) in xstate.XSAVE_FIELDS.items():
             if part := state.parts.get(bit):
                 count = len(part) // struct.calcsize(f"<{letter}")
                 record["xsave"][name] = struct.unpack(f"<{count}{letter}", part)
     return record
-
-
-_XSAVE_FIELDS = {
-    xstate.YMM: ("ymmh_space", "I"),
-    xstate.BOUNDS: ("bndreg_state", "Q"),
-    xstate.BOUNDS_CONFIGURATION: ("bndcsr_state", "Q"),
-    xstate.MASKS: ("opmask_reg", "Q"),
-    xstate.ZMM_UPPER: ("zmm_upper", "Q"),
-    xstate.ZMM_HIGH: ("hi16_zmm", "Q"),
-    xstate.PROTECTION_KEYS: ("pkru", "I"),
-}
 
 
 def _segment(segment: SegmentDescriptor) -> Record:

@@ -50,15 +50,6 @@ _SIGINFO_BYTES, _ROBUST_LIST_BYTES = 128, 24
 _SS_ONSTACK, _SS_DISABLE = 1, 2
 _MOST_TIMER_NUMBERS = 100_000
 _HEADER_AT = 512
-_XSAVE_FIELDS = {
-    xstate.YMM: ("ymmh_space", "I"),
-    xstate.BOUNDS: ("bndreg_state", "Q"),
-    xstate.BOUNDS_CONFIGURATION: ("bndcsr_state", "Q"),
-    xstate.MASKS: ("opmask_reg", "Q"),
-    xstate.ZMM_UPPER: ("zmm_upper", "Q"),
-    xstate.ZMM_HIGH: ("hi16_zmm", "Q"),
-    xstate.PROTECTION_KEYS: ("pkru", "I"),
-}
 _EMPTY_SEGMENT = (True, True)  # read_exec_only, seg_not_present
 
 
@@ -253,8 +244,8 @@ def set_extended_state(traced: Traced, thread: Thread) -> None:
     struct.pack_into(f"<{len(image.xmm_space)}I", area, 160, *image.xmm_space)
     if len(area) > _HEADER_AT:
         in_use = image.xsave.xstate_bv if image.HasField("xsave") else 3
-        in_use &= sum(1 << bit for bit in (0, 1, *_XSAVE_FIELDS))
-        for bit, (name, letter) in _XSAVE_FIELDS.items():
+        in_use &= sum(1 << bit for bit in (0, 1, *xstate.XSAVE_FIELDS))
+        for bit, (name, letter) in xstate.XSAVE_FIELDS.items():
             words = getattr(image.xsave, name)
             if not words or not in_use >> bit & 1:
                 in_use &= ~(1 << bit)

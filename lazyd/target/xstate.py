@@ -62,3 +62,15 @@ def _part(bit: int) -> tuple[int, int]:
         return part_place(bit)
     except LookupError:
         raise DumpError(f"this processor does not say where part {bit} of its extended state is") from None
+
+
+XSAVE_FIELDS = {
+    YMM: ("ymmh_space", "I"),
+    BOUNDS: ("bndreg_state", "Q"),
+    BOUNDS_CONFIGURATION: ("bndcsr_state", "Q"),
+    MASKS: ("opmask_reg", "Q"),
+    ZMM_UPPER: ("zmm_upper", "Q"),
+    ZMM_HIGH: ("hi16_zmm", "Q"),
+    PROTECTION_KEYS: ("pkru", "I"),
+}
+"""Of each component that images keep: its field in core.proto, and the struct letter of its elements."""
