@@ -17,6 +17,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,8 @@ def take(pid: int, parent: Path | None, pagemap_name: str, *, to_track: bool) ->
 def _ask(path: Path, letter: bytes) -> tuple[dict[str, Any], int]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.settimeout(_TIMEOUT_S)
-        connection.connect(str(path))
+        with _short(path) as name:
+            connection.connect(name)
         connection.send(letter)
         message, fds, _, _ = socket.recv_fds(connection, _ANSWER_MAX, 1)
     try:
@@ -234,13 +236,24 @@ def _runtime_directory() -> Path:
     return path
 
 
+@contextlib.contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """Name a socket's path by its open folder: no folder is too deep then for the 108 bytes of sun_path (unix(7))."""
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
+
 def _listen(path: Path) -> socket.socket:
     """Listen under a name, in place of whoever did before."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         fresh.unlink(missing_ok=True)
-        listener.bind(str(fresh))
+        with _short(fresh) as name:
+            listener.bind(name)
         listener.listen(8)
         fresh.rename(path)
     except OSError as error:

@@ -555,6 +555,20 @@ def armed_tracker(victim):
     return tracker
 
 
+def test_no_runtime_directory_is_too_deep(case, monkeypatch):
+    deep = case.folder / ("deep" * 30)
+    deep.mkdir()
+    monkeypatch.setattr(tracker_module, "_runtime_directory", lambda: deep)
+    case.victim.map(BASE, 1)
+    case.victim.write(BASE, 1, 1)
+    case.dump()
+    tracker = take(case.victim.pid, case.folder / "0", f"pagemap-{case.victim.pid}.img", to_track=True)
+    assert tracker is not None
+    assert tracker.has_baseline
+    tracker.close()
+    assert list(deep.iterdir()) == []
+
+
 class FullScanner:
     """As if the kernel had no memory left for it."""
 
@@ -567,7 +581,9 @@ def test_leaving_a_tracker_says_why_it_fails(victim, tmp_path, monkeypatch):
     victim.map(BASE, 1)
     victim.write(BASE, 1, 1)
     (tmp_path / "pagemap.img").touch()
-    monkeypatch.setattr(tracker_module, "_runtime_directory", lambda: tmp_path / "missing")
+    # Deeper than the 108 bytes of sun_path, wherever tmp_path is: what is missing is the folder, not a shorter name.
+    missing = tmp_path / "missing" / ("deep" * 30)
+    monkeypatch.setattr(tracker_module, "_runtime_directory", lambda: missing)
     why = armed_tracker(victim).leave(tmp_path, "pagemap.img")
     assert "missing" in why
     assert "ENOENT" in why
