@@ -10,6 +10,13 @@ The low 16 bits of the command say what it is, the high 16 hold the flags of an 
 each carries and how it is answered; encoder and parsers have no other. Answers have no header, so that a client must
 know what it has asked: ClientParser keeps count.
 
+Between lazyd and lazyd there is more, which no other program is sent. A GET with the flag LAZYD says who asks: a stock
+server does not look at the flags of a GET (seen, 4.1.1 and 4.2.1) and answers as ever; lazyd's answers with the flag
+set. From then on the client knows that this server may be asked again after a broken link, that it may answer with
+pages that are zeros (no flag but LAZYD) or that it does not have (LAZY without PRESENT), and that it knows IDENTIFY.
+Its answer is a number for what the server has of a task; a client asks for it again after every reconnection: with
+another number it is another checkpoint, of which no page may be taken.
+
 A parser takes bytes in any cut and gives events. The bytes of pages need not go through it: whoever moves them by
 other means calls skip_data().
 """
@@ -44,14 +51,17 @@ class Command(enum.IntEnum):
     GET = 7
     CLOSE = 0x1023
     FORCE_CLOSE = 0x1024
+    IDENTIFY = 0x4C5A
+    """lazyd's own: what does the server have of this task?"""
 
 
 class Flags(enum.IntFlag):
-    """What an entry says of its pages (those of a pagemap entry); none: they are zeros."""
+    """What an entry says of its pages (those of a pagemap entry); none: they are zeros. And LAZYD, see above."""
 
     PARENT = 1
     LAZY = 2
     PRESENT = 4
+    LAZYD = 0x8000
 
 
 class Answer(enum.Enum):
@@ -65,7 +75,9 @@ class Answer(enum.Enum):
     STATUS = 3
     """An int32, 0: all is well."""
     PAGES = 4
-    """An ADD_F message with PRESENT and its data."""
+    """An ADD_F message with PRESENT and its data; to lazyd, by lazyd, also without."""
+    IDENTITY = 5
+    """A uint64."""
 
 
 class Names(enum.Enum):
@@ -100,13 +112,18 @@ COMMANDS: dict[Command, Rule] = {
     Command.GET: Rule(has_range=True, data=None, answer=Answer.PAGES, names=Names.TASK),
     Command.CLOSE: Rule(has_range=False, data=None, answer=Answer.STATUS, names=Names.ANYTHING),
     Command.FORCE_CLOSE: Rule(has_range=False, data=None, answer=Answer.STATUS, names=Names.ANYTHING),
+    Command.IDENTIFY: Rule(has_range=False, data=None, answer=Answer.IDENTITY, names=Names.TASK),
 }
-_KNOWN_FLAGS = Flags.PARENT | Flags.LAZY | Flags.PRESENT
+_KNOWN_FLAGS = {
+    Command.ADD_F: Flags.PARENT | Flags.LAZY | Flags.PRESENT | Flags.LAZYD,
+    Command.GET: Flags.LAZYD,
+}
 _STRUCTS = {HeaderSize.NARROW: struct.Struct("<IIQQ"), HeaderSize.WIDE: struct.Struct("<I4xQQQ")}
 _ANSWER_STRUCTS = {
     Answer.HAS_PARENT: struct.Struct("<B"),
     Answer.PARENT_STATUS: struct.Struct("<i"),
     Answer.STATUS: struct.Struct("<i"),
+    Answer.IDENTITY: struct.Struct("<Q"),
 }
 _PID_MAX = 1 << 22  # the most that pid_max(5) can be
 _USER_SPACE_START = 0x10000
@@ -248,7 +265,7 @@ class _Parser:
             raise self._error(f"unknown command {word & 0xFFFF:#x}") from None
         rule = COMMANDS[command]
         flags = Flags(word >> 16)
-        if int(flags) & ~int(_KNOWN_FLAGS) or (flags and command is not Command.ADD_F):
+        if int(flags) & ~int(_KNOWN_FLAGS.get(command, Flags(0))):
             raise self._error(f"{command.name} with flags {word >> 16:#x}, of which nothing is known")
         if flags & Flags.PARENT and flags & Flags.PRESENT:
             raise self._error(f"{command.name} of pages that are sent and in the parent at once")
@@ -337,7 +354,7 @@ class ClientParser(_Parser):
             return None
         self._awaited.popleft()
         (value,) = layout.unpack(content)
-        if awaited is not Answer.STATUS and value > 1:
+        if awaited in (Answer.HAS_PARENT, Answer.PARENT_STATUS) and value > 1:
             raise self._error(f"{value} as an answer to whether there is a parent")
         return Reply(awaited, value)
 
@@ -346,7 +363,7 @@ class ClientParser(_Parser):
         if content is None:
             return None
         message = self._decode(content, self.header)
-        if message.command is not Command.ADD_F or not message.flags & Flags.PRESENT:
+        if message.command is not Command.ADD_F or not message.flags & (Flags.PRESENT | Flags.LAZYD):
             raise self._error(f"{message.command.name} ({message.flags!r}) where pages were asked for")
         self._awaited.popleft()
         self._data_left = message.data_bytes

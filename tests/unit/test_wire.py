@@ -49,6 +49,17 @@ LAYOUTS = [
         "06000100 00000000 0300000000000000 00100000007f0000 01d2040000000000",
     ),
     (Message(Command.GET, 0x400000, 16, 1234), NARROW, "07000000 10000000 0000400000000000 d204000000000000"),
+    (
+        Message(Command.GET, 0x400000, 16, 1234, Flags.LAZYD),
+        NARROW,
+        "07000080 10000000 0000400000000000 d204000000000000",
+    ),
+    (
+        Message(Command.ADD_F, 0x400000, 16, 1234, Flags.LAZYD | Flags.LAZY),
+        WIDE,
+        "06000280 00000000 1000000000000000 0000400000000000 d204000000000000",
+    ),
+    (Message(Command.IDENTIFY, destination=1234), NARROW, "5a4c0000 00000000 0000000000000000 d204000000000000"),
     (Message(Command.CLOSE), NARROW, "23100000 00000000 0000000000000000 0000000000000000"),
     (Message(Command.FORCE_CLOSE), NARROW, "24100000 00000000 0000000000000000 0000000000000000"),
     (
@@ -127,6 +138,7 @@ def test_answers_come_in_the_order_of_the_questions(header):
     for message in (
         Message(Command.OPEN2, destination=TASK),
         Message(Command.PARENT, destination=TASK),
+        Message(Command.IDENTIFY, destination=1234),
         Message(Command.GET, 0x400000, 2, 1234),
         Message(Command.CLOSE),
     ):
@@ -135,15 +147,17 @@ def test_answers_come_in_the_order_of_the_questions(header):
     assert server.header is header
     pages = Message(Command.ADD_F, 0x400000, 1, 1234, Flags.PRESENT)
     content = encode_reply(Reply(Answer.HAS_PARENT, 1)) + encode_reply(Reply(Answer.PARENT_STATUS, 0))
+    content += encode_reply(Reply(Answer.IDENTITY, 1 << 63))
     content += encode(pages, header) + bytes(PAGE) + encode_reply(Reply(Answer.STATUS, -5))
     for cuts in ([], list(range(len(content)))):
         parser = ClientParser("server", header)
-        for message in (Command.OPEN2, Command.PARENT, Command.GET, Command.CLOSE):
+        for message in (Command.OPEN2, Command.PARENT, Command.IDENTIFY, Command.GET, Command.CLOSE):
             parser.send(Message(message, 0x400000, 2, TASK))
-        assert parser.awaited == 4
+        assert parser.awaited == 5
         assert collect(parser, content, cuts) == [
             Reply(Answer.HAS_PARENT, 1),
             Reply(Answer.PARENT_STATUS, 0),
+            Reply(Answer.IDENTITY, 1 << 63),
             pages,
             Data(bytes(PAGE)),
             Reply(Answer.STATUS, -5),
@@ -155,7 +169,7 @@ def test_answers_come_in_the_order_of_the_questions(header):
 @pytest.mark.parametrize("seed", range(200))
 def test_the_header_is_told_by_the_first_message(header, seed):
     chance = random.Random(seed)
-    command = chance.choice([Command.OPEN, Command.OPEN2, Command.PARENT, Command.GET])
+    command = chance.choice([Command.OPEN, Command.OPEN2, Command.PARENT, Command.GET, Command.IDENTIFY])
     pid = chance.choice([1, 4096, 65536, 1 << 20, chance.randrange(1, 1 << 22)])
     message = Message(command, destination=image_id(chance.choice([1, 2]), pid))
     if command is Command.GET:
