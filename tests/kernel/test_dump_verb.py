@@ -124,6 +124,29 @@ while len(os.listdir(f"/proc/{child}/fd")) < len(os.listdir("/proc/self/fd")) - 
     assert content.count(b"/opened") == 2
 
 
+EXECS = """
+#include <unistd.h>
+int main(int argc, char **argv) { usleep(1000); return execv(argv[argc - 1], argv); }
+"""
+
+
+def test_a_task_that_executes_itself_all_the_time(tmp_path):
+    """Mappings are gone before they can be looked at; that it has ended is not true for that."""
+    source, program = tmp_path / "execs.c", str(tmp_path / "execs")
+    source.write_text(EXECS)
+    subprocess.run(["gcc", "-O2", "-o", program, str(source)], check=True)
+    null = subprocess.DEVNULL
+    process = subprocess.Popen([program, program], stdin=null, stdout=null, stderr=null, start_new_session=True)
+    try:
+        for number in range(4):
+            run = lazyd("dump", "--pid", process.pid, "-D", tmp_path / f"images{number}", "--leave-running")
+            assert run.returncode == 0 or "changes faster than it can be looked at" in run.stderr, run.stderr
+            assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
 EVERYTHING = r"""
 import ctypes, fcntl, mmap, os, select, signal, socket, struct, sys
 libc = ctypes.CDLL(None, use_errno=True)
