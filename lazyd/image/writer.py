@@ -174,6 +174,12 @@ class ImagesWriter:
         except OSError as error:
             raise write_error("open", self.path / name, error) from error
 
+    def create_nameless(self, name: str) -> int:
+        """Make a file on the same filesystem that has no name, and is gone once it is closed; `name` is for errors."""
+        fd = self.create(name)
+        os.unlink(name, dir_fd=self.directory_fd)
+        return fd
+
     def write_small(self, name: str, magics: tuple[int, ...], bodies: list[bytes]) -> None:
         """Write an image of some records whole."""
         self.write_file(name, join_records(magics, bodies))
