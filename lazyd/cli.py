@@ -19,9 +19,12 @@ import sys
 from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from lazyd.errors import LazydError, SystemCallError, UsageError
+
+if TYPE_CHECKING:
+    from lazyd.source.page_server import PageServer
 
 _USAGE = """\
 lazyd [lazy-pages] -D DIR [options]   serve the memory of a restore; beside `criu restore --lazy-pages`
@@ -34,10 +37,6 @@ lazyd [lazy-pages] -D DIR [options]   serve the memory of a restore; beside `cri
        lazyd rewind --pid PID -D DIR         put a live process back to its own checkpoint"""
 _LAST_STANDARD_STREAM = 2
 _REMOTE = (
-    "page_server",
-    "address",
-    "port",
-    "ps_socket",
     "tls",
     "tls_cacert",
     "tls_cacrl",
@@ -126,11 +125,19 @@ def _make_parser() -> _Parser:
     criu.add_argument("--no-default-config", action="store_true", help="do not read criu's configuration files")
     criu.add_argument("-j", "--shell-job", action="store_true", help="no meaning here")
 
-    remote = parser.add_argument_group("pages from a page server (not built yet)")
-    remote.add_argument("--page-server", action="store_true")
-    remote.add_argument("--address", metavar="HOST")
-    remote.add_argument("--port", metavar="N")
-    remote.add_argument("--ps-socket", metavar="FD")
+    remote = parser.add_argument_group("pages from a page server, such as criu dump --lazy-pages")
+    remote.add_argument("--page-server", action="store_true", help="fill what the images lack from there")
+    remote.add_argument("--address", metavar="HOST", help="where it listens (127.0.0.1)")
+    remote.add_argument("--port", metavar="N", type=_count)
+    remote.add_argument("--ps-socket", metavar="FD", type=_count, help="a connection to it that is there already")
+    remote.add_argument(
+        "--page-server-header", metavar="BYTES", choices=("24", "32"), help="24: criu up to 4.1 (as the images tell)"
+    )
+    remote.add_argument(
+        "--on-source-loss",
+        choices=("hold", "kill"),
+        help="if missing pages cannot be had any more: tasks that touch them wait (hold), or all are killed",
+    )
     remote.add_argument("--tls", action="store_true")
     for name in ("--tls-cacert", "--tls-cacrl", "--tls-cert", "--tls-key"):
         remote.add_argument(name, metavar="FILE")
@@ -268,7 +275,7 @@ def _lazy_pages(given: argparse.Namespace) -> int:
         raise UsageError("lazyd: --json is for show; the statistics of a restore go to --stats FILE")
     for name in _REMOTE:
         if getattr(given, name):
-            raise UsageError(f"lazyd: --{name.replace('_', '-')}: pages from a page server are not built yet")
+            raise UsageError(f"lazyd: --{name.replace('_', '-')}: TLS is not built yet")
     if len(given.words) > 1:
         raise UsageError(f"lazyd: {given.words[1]}: one word too many")
     if given.images_dir is None:
@@ -299,6 +306,8 @@ def _lazy_pages(given: argparse.Namespace) -> int:
         fill=Fill.OFF if given.fill == "off" else Fill.FULL,
         fill_rate=given.fill_rate or 0,
         workers=given.workers or 0,
+        server=_page_server(given),
+        kill_on_loss=given.on_source_loss == "kill",
     )
     options = Options(
         settings=settings,
@@ -312,6 +321,30 @@ def _lazy_pages(given: argparse.Namespace) -> int:
         attach=None if given.pid is None else Attach(given.pid, given.image_pid or 0, given.tree, given.drop_pages),
     )
     return serve(options, Log(_DEFAULT_VERBOSITY if given.verbosity is None else given.verbosity))
+
+
+_PORT_MAX = 65535
+
+
+def _page_server(given: argparse.Namespace) -> PageServer | None:
+    """Return where pages come from that the images lack; None: nowhere."""
+    if not given.page_server:
+        for name in ("address", "port", "ps_socket", "page_server_header", "on_source_loss"):
+            if getattr(given, name) is not None:
+                raise UsageError(f"lazyd: --{name.replace('_', '-')} is about --page-server")
+        return None
+    if given.ps_socket is None and not 0 < (given.port or 0) <= _PORT_MAX:
+        raise UsageError(f"lazyd: --page-server: --port N is needed, 1 to {_PORT_MAX}, or --ps-socket FD")
+
+    from lazyd.source.page_server import PageServer  # noqa: PLC0415  see the head of this module
+    from lazyd.wire import HeaderSize  # noqa: PLC0415
+
+    return PageServer(
+        host=given.address or "127.0.0.1",
+        port=given.port or 0,
+        inherited=-1 if given.ps_socket is None else given.ps_socket,
+        header=None if given.page_server_header is None else HeaderSize(int(given.page_server_header)),
+    )
 
 
 _DUMPING = ("dump", "pre-dump")

@@ -69,8 +69,15 @@ class Target:
 
     def stop(self) -> bool:
         """Send SIGSTOP; False if the task is gone."""
+        return self._send(signal.SIGSTOP)
+
+    def kill(self) -> bool:
+        """Send SIGKILL; False if the task is gone."""
+        return self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> bool:
         try:
-            signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)
+            signal.pidfd_send_signal(self._pidfd, number)
         except ProcessLookupError:
             return False
         return True
