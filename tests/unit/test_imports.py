@@ -23,7 +23,7 @@ LEVELS = [
     {"cli_dump", "cli_restore", "daemon"},
     {"session"},
     {"keeper", "uffd", "source", "target", "dump", "restore", "report", "restore_socket", "net"},
-    {"image", "wire"},
+    {"image", "tcp", "tls", "wire"},
     {"units", "errors"},
 ]
 ACROSS = {
