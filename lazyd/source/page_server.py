@@ -12,22 +12,18 @@ goes on at the source.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import socket
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lazyd import tcp
 from lazyd.errors import ProtocolError, SystemCallError
 from lazyd.wire import Answer, ClientParser, Command, HeaderSize, Message, Reply
 
 CONNECT_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 10.0
-KEEPALIVE_IDLE_S = 2
-KEEPALIVE_INTERVAL_S = 1
-KEEPALIVE_PROBES = 5
-RECEIVE_BUFFER_BYTES = 4 << 20
 
 
 class PageServer(NamedTuple):
@@ -54,37 +50,17 @@ class PageServer(NamedTuple):
         return self.inherited < 0
 
 
-def watch_peer(connection: socket.socket) -> None:
-    """Have the kernel notice within seconds that the other end is gone; send small messages at once."""
-    with contextlib.suppress(OSError):  # not TCP
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
-        milliseconds = 1000 * (KEEPALIVE_IDLE_S + KEEPALIVE_INTERVAL_S * KEEPALIVE_PROBES)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
-
-
 def connect(server: PageServer, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
     """Connect, or take over what is connected; SystemCallError says why it cannot be."""
-    if server.inherited >= 0:
-        try:
-            connection = socket.socket(fileno=os.dup(server.inherited))
-            connection.getpeername()
-        except OSError as error:
-            hint = "it must be a connected stream socket"
-            raise SystemCallError(f"--ps-socket {server.inherited}", error.errno or 0, hint=hint) from error
-    else:
-        try:
-            connection = socket.create_connection((server.host, server.port), timeout_s)
-        except socket.gaierror as error:
-            raise ProtocolError(server.name, f"no such host: {error.strerror}") from error
-        except OSError as error:
-            number = error.errno or errno.ETIMEDOUT
-            hint = "is it up, and does it listen at this address?"
-            raise SystemCallError("connect", number, path=server.name, hint=hint) from error
-    watch_peer(connection)
+    if server.inherited < 0:
+        return tcp.connect(server.host, server.port, tcp.Peer.ALWAYS_READS, timeout_s=timeout_s)
+    try:
+        connection = socket.socket(fileno=os.dup(server.inherited))
+        connection.getpeername()
+    except OSError as error:
+        hint = "it must be a connected stream socket"
+        raise SystemCallError(f"--ps-socket {server.inherited}", error.errno or 0, hint=hint) from error
+    tcp.prepare(connection, tcp.Peer.ALWAYS_READS)
     return connection
 
 
