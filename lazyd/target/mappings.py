@@ -5,6 +5,8 @@ Facts: /proc/PID/smaps names every mapping with its flags (proc(5), VmFlags); th
 the mapped file itself, whatever its path is now, and their permissions are the mode that the file was opened with.
 Shared anonymous memory is a file of the kernel's own, named /dev/zero and deleted, or a memfd that nobody has a
 descriptor of any more (which is what `criu restore` makes of it); its inode number tells one object from another.
+System V shared memory has its identifier for an inode number, and the first one of a machine is 0: it is by the device
+that a mapping of a file is known from one of none.
 vvar is in two parts on current kernels; images have it as one.
 """
 
@@ -37,6 +39,7 @@ _FLAGS_TELL_GUARDS = tuple(map(int, os.uname().release.split("-")[0].split(".")[
 _PAGEMAP_SCAN, _PRESENT, _SWAPPED, _GUARD = 0xC0606610, 1 << 3, 1 << 4, 1 << 8
 _SCAN, _REGION, _REGIONS = struct.Struct("12Q"), struct.Struct("3Q"), 512
 _DEVICE_ZERO = os.makedev(1, 5)
+_NO_DEVICE = b"00:00"
 
 
 class MappingKind(Enum):
@@ -208,7 +211,7 @@ def _read_one(pid: int, header: list[bytes], words: frozenset[bytes]) -> Mapping
     shared_inode = 0
     problem = ""
     kind = _KERNEL_NAMES.get(name)
-    if kind is None and int(header[4]):
+    if kind is None and (int(header[4]) or header[3] != _NO_DEVICE):
         file, status = _read_file(pid, header[0].decode())
         problem = _file_problem(file.path, status, is_shared=is_shared)
         kind = MappingKind.SHARED_FILE if is_shared else MappingKind.PRIVATE_FILE
