@@ -27,9 +27,10 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from lazyd.errors import LazydError, ProtocolError, SystemCallError
+from lazyd.tuples import NamedTuple
 
 SOCKET_NAME = "lazy-pages.socket"
 RESTORE_FINISHED = 0x52535446

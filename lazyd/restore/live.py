@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from lazyd.errors import RestoreError
 from lazyd.restore.plan import PIPE, REGULAR, TERMINAL, Plan, Thread, mask
@@ -22,6 +21,7 @@ from lazyd.target.mappings import read_mappings
 from lazyd.target.process import children, namespace_pids, stat_fields
 from lazyd.target.survey import check_is_process
 from lazyd.target.tracing import status_fields, thread_ids
+from lazyd.tuples import NamedTuple
 
 _COMPARED_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_SYNC | os.O_DIRECT
 _KINDS = {REGULAR: DescriptorKind.FILE, PIPE: DescriptorKind.PIPE, TERMINAL: DescriptorKind.TERMINAL}

@@ -32,7 +32,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
 from lazyd.errors import LazydError, ProtocolError, RestoreError, SystemCallError
 from lazyd.image import Checkpoint, load
@@ -54,6 +53,7 @@ from lazyd.session.held import HeldTasks, stop_unheld, task_infos
 from lazyd.session.prepared import prepare
 from lazyd.session.signals import SIGNALS, signals_as_bytes
 from lazyd.target import Attached, Expected, find_run_pid
+from lazyd.tuples import NamedTuple
 from lazyd.uffd import (
     Descriptor,
     Engine,

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from lazyd.image.directory import Program, Vma
 from lazyd.image.pagemap import ExtentTable
+from lazyd.tuples import NamedTuple
 
 
 class Expected(NamedTuple):

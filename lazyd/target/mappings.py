@@ -20,8 +20,9 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
+from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE
 
 # mmap(2), asm-generic.

@@ -40,7 +40,7 @@ from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from lazyd.errors import DumpError, SystemCallError
 from lazyd.target.tracing import (
@@ -55,6 +55,7 @@ from lazyd.target.tracing import (
     request,
     state_of,
 )
+from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE, USER_SPACE_END
 
 # arch/x86/entry/syscalls/syscall_64.tbl

@@ -16,7 +16,6 @@ import os
 import re
 import struct
 from pathlib import Path
-from typing import NamedTuple
 
 from lazyd.errors import DumpError
 from lazyd.target import xstate
@@ -24,6 +23,7 @@ from lazyd.target.crowd import ask_each
 from lazyd.target.process import read_small, stat_fields
 from lazyd.target.remote import Call, RemoteCalls, SteppedCalls, Steps, find_room
 from lazyd.target.tracing import Registers, Rseq, StoppedTask, Thread, request, status_fields
+from lazyd.tuples import NamedTuple
 
 # arch/x86/entry/syscalls/syscall_64.tbl
 _SYS_BRK, _SYS_RT_SIGACTION, _SYS_GETITIMER, _SYS_SIGALTSTACK, _SYS_PRCTL = 12, 13, 36, 131, 157

@@ -34,12 +34,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
 from lazyd.errors import DumpError, SystemCallError
 from lazyd.target.binding import PtraceError
 from lazyd.target.binding import ptrace as _ptrace
 from lazyd.target.process import read_small
+from lazyd.tuples import NamedTuple
 
 # include/uapi/linux/ptrace.h; python-ptrace names only the older half.
 PTRACE_CONT = 7
