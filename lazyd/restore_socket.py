@@ -21,7 +21,6 @@ from __future__ import annotations
 import array
 import contextlib
 import os
-import socket
 import struct
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -29,8 +28,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
+from lazyd.deferred import defer
 from lazyd.errors import LazydError, ProtocolError, SystemCallError
 from lazyd.tuples import NamedTuple
+
+defer("socket")  # where tasks are attached to or made, nobody comes to it
+import socket  # noqa: E402
 
 SOCKET_NAME = "lazy-pages.socket"
 RESTORE_FINISHED = 0x52535446

@@ -368,7 +368,7 @@ class Session:
         self._engine.resume()
         self._engine.start()
 
-    def _wait(self, source: int | socket.socket | Listener | Connection, callback: Callable[[], None]) -> None:
+    def _wait(self, source: int | Listener | Connection, callback: Callable[[], None]) -> None:
         self._selector.register(source, selectors.EVENT_READ, callback)
 
     def _finish(self) -> Outcome:
@@ -575,8 +575,8 @@ class Session:
 
     # Signals
 
-    def _on_signals(self, signals: socket.socket) -> None:
-        for number in signals.recv(64):
+    def _on_signals(self, signals: int) -> None:
+        for number in os.read(signals, 64):
             if number in SIGNALS and self._end is None:
                 self._on_signal(signal.Signals(number))
 
