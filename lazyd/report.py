@@ -35,9 +35,10 @@ import time
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lazyd.errors import SystemCallError
+from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE, human_bytes
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from lazyd.errors import LazydError, ProtocolError, RestoreError, SystemCallError
 from lazyd.image import Checkpoint, load
@@ -56,6 +56,7 @@ from lazyd.session.held import HeldTasks, stop_unheld, task_infos
 from lazyd.session.prepared import prepare
 from lazyd.session.signals import SIGNALS, signals_as_bytes
 from lazyd.target import Attached, Expected, find_run_pid
+from lazyd.tuples import NamedTuple
 from lazyd.uffd import (
     Descriptor,
     Engine,
@@ -404,7 +405,7 @@ class Session:
         self._engine.resume()
         self._engine.start()
 
-    def _wait(self, source: int | socket.socket | Listener | Connection, callback: Callable[[], None]) -> None:
+    def _wait(self, source: int | Listener | Connection, callback: Callable[[], None]) -> None:
         self._selector.register(source, selectors.EVENT_READ, callback)
 
     def _finish(self) -> Outcome:
@@ -655,8 +656,8 @@ class Session:
 
     # Signals
 
-    def _on_signals(self, signals: socket.socket) -> None:
-        for number in signals.recv(64):
+    def _on_signals(self, signals: int) -> None:
+        for number in os.read(signals, 64):
             if number in SIGNALS and self._end is None:
                 self._on_signal(signal.Signals(number))
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import os
 import resource
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from lazyd.errors import ImageError, LazydError, SystemCallError
 from lazyd.image import Checkpoint, Kind
 from lazyd.target import Expected
+from lazyd.tuples import NamedTuple
 from lazyd.uffd import Engine, OnFork, Served
 from lazyd.units import PAGE_SIZE, human_bytes
 

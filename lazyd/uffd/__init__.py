@@ -14,9 +14,10 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 from lazyd.errors import LazydError, SystemCallError
+from lazyd.tuples import NamedTuple
 from lazyd.uffd._engine import ffi, lib
 
 _SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
