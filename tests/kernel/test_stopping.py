@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 import pytest
-from kernel_harness import NEEDS_KTHREADD, STEADY_KINDS, STRESS, Dying, layout, wait_until
+from kernel_harness import NEEDS_KTHREADD, STEADY_KINDS, STRESS, layout, wait_until
+from process_harness import Dying
 
 from lazyd.errors import DumpError
 from lazyd.target import remote, tracing
