@@ -20,19 +20,21 @@ ROOT = Path(lazyd.__file__).parent
 LEVELS = [
     {"__main__"},
     {"cli"},
-    {"cli_dump", "cli_restore", "daemon"},
+    {"cli_dump", "cli_restore", "cli_serve", "daemon"},
     {"session"},
-    {"keeper", "uffd", "source", "target", "dump", "restore", "report", "restore_socket", "net"},
+    {"keeper", "uffd", "source", "target", "dump", "restore", "report", "restore_socket", "serve", "net"},
     {"image", "tcp", "tls", "wire"},
     {"units", "errors"},
 ]
 ACROSS = {
     ("cli_restore", "daemon"),
+    ("cli_serve", "daemon"),
     ("dump", "report"),
     ("dump", "target"),
     ("keeper", "uffd"),
     ("report", "uffd"),
     ("restore", "target"),
+    ("serve", "report"),
     ("units", "errors"),
 }
 ONLY_IMPORTERS = {
@@ -40,6 +42,7 @@ ONLY_IMPORTERS = {
     "lazyd.image._pagemap": {"image"},
     "lazyd.target._target": {"target"},
     "lazyd.dump._memory": {"dump"},
+    "lazyd.serve._server": {"serve"},
     "google.protobuf": {"image"},
     "ptrace": {"target"},
     "pyroute2": {"net"},

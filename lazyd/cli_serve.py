@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: MIT
+"""The verb page-server. Arguments and exit codes, as in cli; options are those of `criu page-server`."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from lazyd.errors import SystemCallError, UsageError
+
+if TYPE_CHECKING:
+    from lazyd.serve.connection import Desk
+
+_USAGE = "lazyd page-server -D DIR --port N [options]   take dumps into a directory, or give out the pages in it"
+_DEFAULT_VERBOSITY = 3
+_PORT_MAX = 65535
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Leave it to main() to say it in one line."""
+        raise UsageError(f"lazyd page-server: {message} (lazyd page-server --help shows the options)")
+
+
+def _make_parser(verbosity: type[argparse.Action]) -> _Parser:
+    parser = _Parser(prog="lazyd page-server", usage=_USAGE, add_help=False)
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    files = parser.add_argument_group("files")
+    files.add_argument("-D", "--images-dir", "--images", metavar="DIR", type=Path, help="directory of the images")
+    files.add_argument("-W", "--work-dir", metavar="DIR", type=Path, help="where log and pidfile go (as -D)")
+    files.add_argument("-o", "--log-file", metavar="FILE", type=Path, help="log to this file in the work directory")
+    files.add_argument("--pidfile", metavar="FILE", type=Path, help="write the pid to this file in the work directory")
+    serving = parser.add_argument_group("serving")
+    serving.add_argument("--address", metavar="HOST", default="0.0.0.0", help="listen there (everywhere)")
+    serving.add_argument("--port", metavar="N", type=int, help="listen on this port; 0: on any, which the log tells")
+    serving.add_argument("--ps-socket", metavar="FD", type=int, help="serve this connected socket, and end")
+    serving.add_argument(
+        "--lazy-pages", action="store_true", help="give out pages, too, as often as they are asked for"
+    )
+    serving.add_argument(
+        "--pagemap-format",
+        choices=("auto", "booleans", "flags"),
+        default="auto",
+        help="which writer's pagemap entries the images hold, where they do not say it themselves",
+    )
+    running = parser.add_argument_group("running")
+    running.add_argument("-d", "--daemon", action="store_true", help="go into the background once listening")
+    running.add_argument("--status-fd", metavar="FD", type=int, help="write one zero byte there once listening")
+    running.add_argument("-v", action=verbosity, nargs=0, dest="verbosity", help="-v1 errors … -v4 debugging (-v3)")
+    running.add_argument("--verbosity", action=verbosity, metavar="N", help=argparse.SUPPRESS)
+    running.add_argument("-h", "--help", action="help", help="show this and exit")
+    criu = parser.add_argument_group("taken as criu takes them")
+    criu.add_argument("--no-default-config", action="store_true", help="no meaning here: no configuration is read")
+    criu.add_argument("-j", "--shell-job", action="store_true", help="no meaning here")
+    return parser
+
+
+def parse(
+    arguments: Sequence[str], spell_out: Callable[[Sequence[str]], list[str]], verbosity: type[argparse.Action]
+) -> argparse.Namespace:
+    """Parse a command line whose verb is page-server; UsageError if it makes no sense."""
+    given = _make_parser(verbosity).parse_intermixed_args(spell_out(arguments))
+    if given.words != ["page-server"]:
+        extra = next((word for word in given.words if word != "page-server"), "page-server")
+        raise UsageError(f"lazyd: {extra}: one word too many")
+    if given.images_dir is None:
+        raise UsageError("lazyd page-server: which directory? -D DIR is needed")
+    if given.port is None and given.ps_socket is None:
+        raise UsageError("lazyd page-server: where to listen? --port N is needed")
+    if given.port is not None and not 0 <= given.port <= _PORT_MAX:
+        raise UsageError(f"lazyd page-server: --port {given.port}: ports go up to {_PORT_MAX}")
+    return given
+
+
+def run(
+    arguments: Sequence[str], spell_out: Callable[[Sequence[str]], list[str]], verbosity: type[argparse.Action]
+) -> int:
+    """Run page-server."""
+    given = parse(arguments, spell_out, verbosity)
+
+    from lazyd.daemon import check_outputs  # noqa: PLC0415  users of other verbs do not wait for it
+    from lazyd.report import Log  # noqa: PLC0415
+    from lazyd.serve.connection import Desk, serve_connection  # noqa: PLC0415
+    from lazyd.serve.shelves import Shelves  # noqa: PLC0415
+
+    check_outputs(given.status_fd, None)
+    images = given.images_dir.absolute()
+    if not images.is_dir():
+        number = errno.ENOTDIR if images.exists() else errno.ENOENT
+        raise SystemCallError("opendir", number, path=given.images_dir, hint="-D names the directory of the images")
+    work = images if given.work_dir is None else given.work_dir.absolute()
+    connection = None if given.ps_socket is None else _inherited(given.ps_socket)
+    log = Log(_DEFAULT_VERBOSITY if given.verbosity is None else given.verbosity)
+    if given.log_file is not None:
+        log.open(work / given.log_file)
+    desk = Desk(log, Shelves(images, given.pagemap_format) if given.lazy_pages else None)
+    pidfile = None if given.pidfile is None else work / given.pidfile
+    if connection is None:
+        return _listen(given, desk, pidfile)
+    with connection:
+        serve_connection(connection, f"descriptor {given.ps_socket}", desk)
+    return 0
+
+
+def _listen(given: argparse.Namespace, desk: Desk, pidfile: Path | None) -> int:
+    from lazyd.daemon import Announcement, into_background, leave_terminal  # noqa: PLC0415  see run()
+    from lazyd.serve.server import Server  # noqa: PLC0415
+    from lazyd.session.signals import hold_signals, signals_as_bytes  # noqa: PLC0415
+    from lazyd.tcp import listen  # noqa: PLC0415
+
+    with listen(given.address, given.port) as listener:
+        announcement = Announcement(pidfile, given.status_fd)
+        ready = None
+        if given.daemon:
+            ready = into_background(lambda: None)
+            if ready is None:
+                return 0
+        hold_signals()
+        host, port = listener.getsockname()[:2]
+        # Before anyone hears that we listen: who asked for any port reads here which it is.
+        desk.log.message(f"listening on {host}:{port}")
+        announcement.write()
+        if ready is not None:
+            leave_terminal(desk.log)
+            os.write(ready, b"\0")
+            os.close(ready)
+        with signals_as_bytes() as stop:
+            Server(listener, desk).run(stop)
+    desk.log.info("ended by a signal")
+    return 0
+
+
+def _inherited(fd: int) -> socket.socket:
+    try:
+        connection = socket.socket(fileno=fd)
+        connection.getpeername()
+    except OSError as error:
+        raise SystemCallError(f"--ps-socket {fd}", error.errno or errno.EBADF) from error
+    return connection
