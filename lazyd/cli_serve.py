@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from lazyd.errors import SystemCallError, UsageError
+from lazyd.image.chain import PARENT_LINK
 
 if TYPE_CHECKING:
     from lazyd.serve.connection import Desk
@@ -42,6 +43,8 @@ def _make_parser(verbosity: type[argparse.Action]) -> _Parser:
     serving.add_argument(
         "--lazy-pages", action="store_true", help="give out pages, too, as often as they are asked for"
     )
+    serving.add_argument("--prev-images-dir", metavar="DIR", help="what dumps are on top of, as seen from -D")
+    serving.add_argument("--auto-dedup", action="store_true", help="free in it what new dumps replace")
     serving.add_argument(
         "--pagemap-format",
         choices=("auto", "booleans", "flags"),
@@ -98,7 +101,10 @@ def run(
     log = Log(_DEFAULT_VERBOSITY if given.verbosity is None else given.verbosity)
     if given.log_file is not None:
         log.open(work / given.log_file)
-    desk = Desk(log, Shelves(images, given.pagemap_format) if given.lazy_pages else None)
+    if given.prev_images_dir is not None:
+        _link_parent(images, given.prev_images_dir)
+    shelves = Shelves(images, given.pagemap_format) if given.lazy_pages else None
+    desk = Desk(log, images, shelves, auto_dedup=given.auto_dedup)
     pidfile = None if given.pidfile is None else work / given.pidfile
     if connection is None:
         return _listen(given, desk, pidfile)
@@ -133,6 +139,20 @@ def _listen(given: argparse.Namespace, desk: Desk, pidfile: Path | None) -> int:
             Server(listener, desk).run(stop)
     desk.log.info("ended by a signal")
     return 0
+
+
+def _link_parent(images: Path, parent: str) -> None:
+    """Make the link `parent`, unless it is there."""
+    link = images / PARENT_LINK
+    try:
+        if not link.is_symlink():
+            link.symlink_to(parent)
+    except OSError as error:
+        raise SystemCallError("symlink", error.errno or 0, path=link) from error
+    if str(link.readlink()) != parent:
+        raise UsageError(f"{link}: names {link.readlink()}, not {parent}: dumps go on top of one directory")
+    if not link.is_dir():
+        raise SystemCallError("opendir", errno.ENOENT, path=link, hint=f"--prev-images-dir {parent}: seen from -D")
 
 
 def _inherited(fd: int) -> socket.socket:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from contextlib import ExitStack, suppress
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 from lazyd.errors import ImageError, LazydError, ProtocolError
 from lazyd.report import Log
 from lazyd.serve.core import Event, Peer
+from lazyd.serve.inbox import Inbox
 from lazyd.serve.shelves import Borrowed, Shelves, empty_shelf
 from lazyd.tcp import Peer as TcpPeer
 from lazyd.tcp import prepare
@@ -31,8 +33,12 @@ class Desk(NamedTuple):
     """What all clients of a server are served from. Any thread may use it."""
 
     log: Log
-    shelves: Shelves | None
+    images: Path
+    """Where dumps go."""
+    shelves: Shelves | None = None
     """None: pages are not given out."""
+    auto_dedup: bool = False
+    """Free in the parent of `images` what a dump replaces."""
 
 
 def serve_connection(connection: socket.socket, name: str, desk: Desk, *, stall_s: float = STALL_S) -> None:
@@ -41,19 +47,18 @@ def serve_connection(connection: socket.socket, name: str, desk: Desk, *, stall_
     The socket stays the caller's, who may shut it down from another thread to end this.
     """
     peer = Peer(connection.fileno(), name)
+    session = _Session(connection, peer, desk, stall_s)
     try:
-        with ExitStack() as stack:
-            borrowed = stack.enter_context(desk.shelves.borrowed()) if desk.shelves is not None else None
-            _set_timeouts(connection, stall_s)
-            try:
-                _Session(connection, peer, desk, borrowed, stall_s).run()
-            except LazydError as error:
-                desk.log.error(str(error))
-            except OSError as error:
-                desk.log.error(f"{name}: {(error.strerror or str(error)).lower()}")
-            if peer.answers:
-                desk.log.info(f"{name}: {_summary(peer)}")
+        _set_timeouts(connection, stall_s)
+        session.run()
+    except LazydError as error:
+        desk.log.error(str(error))
+    except OSError as error:
+        desk.log.error(f"{name}: {(error.strerror or str(error)).lower()}")
     finally:
+        session.close()
+        if peer.answers:
+            desk.log.info(f"{name}: {_summary(peer)}")
         peer.close()
         # What it still sends is of no use: it shall hear so now.
         with suppress(OSError):
@@ -72,21 +77,30 @@ def _summary(peer: Peer) -> str:
 class _Session:
     """What is known of one client."""
 
-    def __init__(
-        self, connection: socket.socket, peer: Peer, desk: Desk, borrowed: Borrowed | None, stall_s: float
-    ) -> None:
+    def __init__(self, connection: socket.socket, peer: Peer, desk: Desk, stall_s: float) -> None:
         self._socket = connection
         self._peer = peer
         self._desk = desk
-        self._borrowed = borrowed
         self._stall_s = stall_s
         self._has_stalled = False
+        self._borrowed = Borrowed(desk.shelves) if desk.shelves is not None else None
+        self._inbox = Inbox(desk.images, peer, desk.log, auto_dedup=desk.auto_dedup)
+
+    def close(self) -> None:
+        """Give back what it used, and give up what it has not completed."""
+        self._inbox.close()
+        if self._borrowed is not None:
+            self._borrowed.give_back()
 
     def run(self) -> None:
         """Serve until the client ends; ProtocolError and OSError end it, too."""
         while True:
             match self._peer.run():
                 case Event.ENDED:
+                    if not self._inbox.is_empty:
+                        raise ProtocolError(
+                            self._peer.name, "hung up before the end of its dump: nothing of it is kept"
+                        )
                     return
                 case Event.MESSAGE:
                     if not self._take_message():
@@ -97,8 +111,15 @@ class _Session:
                     self._refuse_unreadable()
                 case Event.STALLED:
                     self._note_stall()
-                case event:
-                    raise AssertionError(event)
+                case Event.UNWRITTEN:
+                    self._inbox.note_unwritten(self._peer.error_number)
+                case Event.UNSORTED:
+                    reason = (
+                        f"{self._peer.message().command.name} at {self._peer.where[1]:#x}, which is not behind the last"
+                    )
+                    raise ProtocolError(self._peer.name, reason)
+                case Event.CROWDED:
+                    raise ProtocolError(self._peer.name, "more entries for one image than any has")
 
     def _take_message(self) -> bool:
         """Answer a message; False: the session is over."""
@@ -111,12 +132,25 @@ class _Session:
                 self._get(message)
             case Command.IDENTIFY:
                 self._identify(message)
+            case Command.OPEN:
+                self._inbox.open(message.destination)
+            case Command.OPEN2:
+                self._reply(Answer.HAS_PARENT, self._inbox.open(message.destination))
+            case Command.PARENT:
+                self._reply(Answer.PARENT_STATUS, self._inbox.has_parent(message.destination))
+            case Command.ADD | Command.HOLE | Command.ADD_F:
+                self._add(message)
             case Command.CLOSE | Command.FORCE_CLOSE:
-                self._reply(Answer.STATUS, 0)
+                self._reply(Answer.STATUS, self._inbox.finish())
                 return message.command is Command.CLOSE
-            case _:
-                raise ProtocolError(self._peer.name, f"{message.command.name} is not for this server")
         return True
+
+    def _add(self, message: Message) -> None:
+        """Open the image of an entry, as stock servers do; or refuse the entry, which C does not take."""
+        if self._inbox.holds(message.destination):
+            raise ProtocolError(self._peer.name, f"{message.command.name} ({message.flags!r}) of pages that nobody has")
+        self._inbox.open(message.destination)
+        self._peer.retry()
 
     def _shelves_for(self, pid: int) -> Borrowed:
         if self._borrowed is None:

@@ -12,6 +12,7 @@ import errno
 import os
 from typing import Any
 
+from lazyd.dump.core import PagePipe
 from lazyd.errors import ProtocolError
 from lazyd.image import ExtentTable, PagesImage
 from lazyd.serve._server import ffi, lib
@@ -55,6 +56,7 @@ class Peer:
         self._parser = ServerParser(name)
         self._shelves: list[Shelf] = []
         self._pointers: Any = None
+        self._pipe: PagePipe | None = None
 
     @property
     def header(self) -> HeaderSize | None:
@@ -112,6 +114,29 @@ class Peer:
         self._pointers = ffi.new("struct lz_shelf *[]", [shelf._raw for shelf in self._shelves])
         self._raw.shelves = self._pointers
         self._raw.shelf_count = len(self._shelves)
+
+    def begin_image(self, destination: int, pipe: PagePipe, fd: int) -> None:
+        """Have entries for an image put into a pipe, and their pages behind fd, from its start."""
+        self._pipe = pipe
+        self._raw.pipe = ffi.cast("struct lz_page_pipe *", pipe.pointer)
+        self._raw.image = destination
+        self._raw.out = fd
+        self._raw.written_bytes = 0
+
+    def end_image(self) -> None:
+        """Let go of pipe and descriptor; without an image this does nothing."""
+        self._raw.pipe = ffi.NULL
+        self._raw.out = -1
+        self._pipe = None
+
+    @property
+    def broken(self) -> int:
+        """The errno for which nothing of what arrives is kept; 0: it is."""
+        return int(self._raw.broken)
+
+    @broken.setter
+    def broken(self, number: int) -> None:
+        self._raw.broken = number
 
     @property
     def where(self) -> tuple[int, int]:

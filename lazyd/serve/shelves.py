@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from lazyd.image import ExtentTable, MemoryImages, load_memory
@@ -73,15 +71,6 @@ class Shelves:
                 if self._stocks.get(stock.shelf.pid) is stock:
                     del self._stocks[stock.shelf.pid]
 
-    @contextmanager
-    def borrowed(self) -> Iterator[Borrowed]:
-        """Give out stocks that are given back together."""
-        borrowed = Borrowed(self)
-        try:
-            yield borrowed
-        finally:
-            borrowed.give_back()
-
 
 class Borrowed:
     """What one client uses, by task."""
@@ -89,9 +78,6 @@ class Borrowed:
     def __init__(self, shelves: Shelves) -> None:
         self._shelves = shelves
         self._stocks: dict[int, Stock] = {}
-
-    def __len__(self) -> int:
-        return len(self._stocks)
 
     def take(self, pid: int) -> Stock:
         """Return what there is of a task: the same as before, if it was asked for before. Errors as Shelves.take()."""

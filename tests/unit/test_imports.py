@@ -34,6 +34,7 @@ ACROSS = {
     ("keeper", "uffd"),
     ("report", "uffd"),
     ("restore", "target"),
+    ("serve", "dump"),
     ("serve", "report"),
     ("units", "errors"),
 }

@@ -36,7 +36,7 @@ HEADERS = pytest.mark.parametrize("header", [24, 32])
 
 
 def desk_for(images, **options) -> Desk:
-    return Desk(Lines(), Shelves(images, **options))
+    return Desk(Lines(), images, Shelves(images, **options))
 
 
 def check(answer, asked: int, truth, flags: int) -> None:
@@ -217,8 +217,8 @@ def test_images_that_cannot_be_trusted_are_not_given(simple):
     assert "too short" in desk.log.lines[0]
 
 
-def test_not_given_unless_told_to():
-    desk = Desk(Lines(), None)
+def test_not_given_unless_told_to(simple):
+    desk = Desk(Lines(), simple[0])
     with connected(desk, 32) as client:
         client.ask(BASE, 1, PID)
         assert client.is_hung_up_on()
