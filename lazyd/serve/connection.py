@@ -7,9 +7,11 @@ about, and how it ends.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -20,12 +22,12 @@ from lazyd.serve.core import Event, Peer
 from lazyd.serve.inbox import Inbox
 from lazyd.serve.shelves import Borrowed, Shelves, empty_shelf
 from lazyd.tcp import Peer as TcpPeer
-from lazyd.tcp import prepare
+from lazyd.tcp import DEAD_AFTER_S, is_silent, prepare
 from lazyd.units import human_bytes
 from lazyd.wire import Answer, Command, Flags, Message, Reply, encode_reply
 
-# After so long without a byte in the middle of something a client is said to stall. It is not hung up on: a lazy
-# client that is stopped for a while must find its server when it goes on.
+# After so long without a byte in the middle of something a client is said to stall. It is not hung up on while its host
+# answers: a lazy client that is stopped for a while must find its server when it goes on.
 STALL_S = 30.0
 
 
@@ -49,7 +51,7 @@ def serve_connection(connection: socket.socket, name: str, desk: Desk, *, stall_
     peer = Peer(connection.fileno(), name)
     session = _Session(connection, peer, desk, stall_s)
     try:
-        _set_timeouts(connection, stall_s)
+        _set_timeouts(connection, min(stall_s / 4, DEAD_AFTER_S))
         session.run()
     except LazydError as error:
         desk.log.error(str(error))
@@ -83,6 +85,8 @@ class _Session:
         self._desk = desk
         self._stall_s = stall_s
         self._has_stalled = False
+        self._moved = -1
+        self._moved_at = 0.0
         self._borrowed = Borrowed(desk.shelves) if desk.shelves is not None else None
         self._inbox = Inbox(desk.images, peer, desk.log, auto_dedup=desk.auto_dedup)
 
@@ -123,9 +127,6 @@ class _Session:
 
     def _take_message(self) -> bool:
         """Answer a message; False: the session is over."""
-        if self._peer.header is None:
-            self._reply(Answer.STATUS, 0)
-            return False
         message = self._peer.message()
         match message.command:
             case Command.GET:
@@ -142,7 +143,7 @@ class _Session:
                 self._add(message)
             case Command.CLOSE | Command.FORCE_CLOSE:
                 self._reply(Answer.STATUS, self._inbox.finish())
-                return message.command is Command.CLOSE
+                return message.command is Command.CLOSE and self._peer.header is not None
         return True
 
     def _add(self, message: Message) -> None:
@@ -194,7 +195,13 @@ class _Session:
         raise ProtocolError(self._peer.name, reason)
 
     def _note_stall(self) -> None:
-        if not self._has_stalled:
+        """Say, once, that a client stalls; OSError if it is gone."""
+        if self._socket.family != socket.AF_UNIX and is_silent(self._socket):
+            raise OSError(errno.ETIMEDOUT, "its host does not answer any more")
+        moved = self._peer.moved_bytes
+        if moved != self._moved:
+            self._moved, self._moved_at = moved, time.monotonic()
+        elif not self._has_stalled and time.monotonic() - self._moved_at >= self._stall_s:
             self._has_stalled = True
             self._desk.log.warning(f"{self._peer.name}: stalls: nothing moves for {self._stall_s:g} s")
 

@@ -95,10 +95,12 @@ class Peer:
 
     def message(self) -> Message:
         """Return the message that is worked on; ProtocolError if it is none."""
-        header = self._parser.header
-        assert header is not None
+        header = self._parser.header or HeaderSize.NARROW
+        content = bytes(ffi.buffer(self._raw.head, header))
+        if self._parser.header is None:
+            content = content[:4].ljust(header, b"\0")  # where the rest is, nobody knows; a wide header has a gap
         parser = ServerParser(self.name, header)
-        parser.feed(bytes(ffi.buffer(self._raw.head, header)))
+        parser.feed(content)
         message = parser.next_event()
         assert isinstance(message, Message), "a header is a message or an error"
         return message
@@ -164,14 +166,14 @@ class Peer:
         return int(self._raw.sent_bytes)
 
     @property
+    def moved_bytes(self) -> int:
+        """How many bytes of pages have gone either way."""
+        return int(self._raw.sent_bytes + self._raw.received_bytes)
+
+    @property
     def zero_pages(self) -> int:
         """How many of the pages were zeros, sent as such or not."""
         return int(self._raw.zero_bytes) >> PAGE_SHIFT
-
-    @property
-    def received_bytes(self) -> int:
-        """How many bytes of pages have come."""
-        return int(self._raw.received_bytes)
 
     def close(self) -> None:
         """Free the buffers; the descriptor stays."""

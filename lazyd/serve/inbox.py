@@ -2,7 +2,7 @@
 """A dump on its way in: images in the order in which they are opened, which appear when the client closes the session.
 
 What can be wrong is found at two times. A parent is loaded whole when an image on top of it is opened; parent holes
-are held against it when the image is complete. A dump that has failed goes on being read, and none of it is kept, so
+are held against it at the end. A dump that has failed goes on being read, and none of it is kept, so
 that the client, who only asks at the end, hears of it in the words of the protocol: a status that is not 0.
 """
 
@@ -34,6 +34,7 @@ class _Image:
 
     def __init__(self, image: MemoryImage, number: int, folder: Folder, parent: ParentTable | None) -> None:
         self.image = image
+        self.number = number
         self.parent = parent
         self.pipe = PagePipe()
         self.pages_name = f"pages.{number}"
@@ -70,7 +71,6 @@ class Inbox:
         self._folder: Folder | None = None
         self._images: dict[MemoryImage, _Image] = {}
         self._current: _Image | None = None
-        self._opened = 0
 
     @property
     def is_empty(self) -> bool:
@@ -94,11 +94,11 @@ class Inbox:
             if finished := clear_up(self._directory):
                 self._log.warning(f"{self._directory}: finished what a server that was killed began: {finished}")
             self._folder = Folder(self._directory)
-        if len(self._images) == IMAGES_MAX:
+        before = self._images.get(image)
+        if before is None and len(self._images) == IMAGES_MAX:
             raise ProtocolError(self._peer.name, f"more than {IMAGES_MAX} images in one dump")
-        self._current = _Image(image, self._opened, self._folder, parent)
-        self._opened += 1
-        self._images[image] = self._current
+        number = len(self._images) if before is None else before.number
+        self._current = self._images[image] = _Image(image, number, self._folder, parent)
         self._peer.begin_image(destination, self._current.pipe, self._current.fd)
         return parent is not None
 
@@ -116,11 +116,6 @@ class Inbox:
             return
         self._peer.end_image()
         current.close_pages()
-        if not self._peer.broken:
-            try:
-                current.check_holes(self._directory)
-            except DumpError as error:
-                self._fail(str(error), errno.EINVAL)
 
     def _fail(self, reason: str, number: int) -> None:
         self._log.error(f"{self._peer.name}: {reason}")
@@ -145,6 +140,8 @@ class Inbox:
     def _publish(self) -> None:
         assert self._folder is not None
         images = list(self._images.values())
+        for image in images:
+            image.check_holes(self._directory)
         form = self._form(images)
         with locked(self._directory):
             first = next_pages_id(self._directory)
