@@ -7,10 +7,11 @@ import argparse
 import errno
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from lazyd.arguments import Parser, add_telling, log_of
 from lazyd.errors import SystemCallError, UsageError
 from lazyd.image.chain import PARENT_LINK
 
@@ -22,15 +23,8 @@ _DEFAULT_VERBOSITY = 3
 _PORT_MAX = 65535
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Leave it to main() to say it in one line."""
-        raise UsageError(f"lazyd page-server: {message} (lazyd page-server --help shows the options)")
-
-
-def _make_parser(verbosity: type[argparse.Action]) -> _Parser:
-    parser = _Parser(prog="lazyd page-server", usage=_USAGE, add_help=False)
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+def _make_parser() -> Parser:
+    parser = Parser("lazyd page-server", _USAGE)
     files = parser.add_argument_group("files")
     files.add_argument("-D", "--images-dir", "--images", metavar="DIR", type=Path, help="directory of the images")
     files.add_argument("-W", "--work-dir", metavar="DIR", type=Path, help="where log and pidfile go (as -D)")
@@ -54,20 +48,16 @@ def _make_parser(verbosity: type[argparse.Action]) -> _Parser:
     running = parser.add_argument_group("running")
     running.add_argument("-d", "--daemon", action="store_true", help="go into the background once listening")
     running.add_argument("--status-fd", metavar="FD", type=int, help="write one zero byte there once listening")
-    running.add_argument("-v", action=verbosity, nargs=0, dest="verbosity", help="-v1 errors … -v4 debugging (-v3)")
-    running.add_argument("--verbosity", action=verbosity, metavar="N", help=argparse.SUPPRESS)
-    running.add_argument("-h", "--help", action="help", help="show this and exit")
+    add_telling(parser.add_argument_group("telling"), _DEFAULT_VERBOSITY)
     criu = parser.add_argument_group("taken as criu takes them")
     criu.add_argument("--no-default-config", action="store_true", help="no meaning here: no configuration is read")
     criu.add_argument("-j", "--shell-job", action="store_true", help="no meaning here")
     return parser
 
 
-def parse(
-    arguments: Sequence[str], spell_out: Callable[[Sequence[str]], list[str]], verbosity: type[argparse.Action]
-) -> argparse.Namespace:
-    """Parse a command line whose verb is page-server; UsageError if it makes no sense."""
-    given = _make_parser(verbosity).parse_intermixed_args(spell_out(arguments))
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line with the verb page-server; UsageError if it makes no sense."""
+    given = _make_parser().parse_words(arguments)
     if given.words != ["page-server"]:
         extra = next((word for word in given.words if word != "page-server"), "page-server")
         raise UsageError(f"lazyd: {extra}: one word too many")
@@ -80,14 +70,11 @@ def parse(
     return given
 
 
-def run(
-    arguments: Sequence[str], spell_out: Callable[[Sequence[str]], list[str]], verbosity: type[argparse.Action]
-) -> int:
+def run(arguments: Sequence[str]) -> int:
     """Run page-server."""
-    given = parse(arguments, spell_out, verbosity)
+    given = parse(arguments)
 
     from lazyd.daemon import check_outputs  # noqa: PLC0415  users of other verbs do not wait for it
-    from lazyd.report import Log  # noqa: PLC0415
     from lazyd.serve.connection import Desk, serve_connection  # noqa: PLC0415
     from lazyd.serve.shelves import Shelves  # noqa: PLC0415
 
@@ -98,7 +85,7 @@ def run(
         raise SystemCallError("opendir", number, path=given.images_dir, hint="-D names the directory of the images")
     work = images if given.work_dir is None else given.work_dir.absolute()
     connection = None if given.ps_socket is None else _inherited(given.ps_socket)
-    log = Log(_DEFAULT_VERBOSITY if given.verbosity is None else given.verbosity)
+    log = log_of(given, _DEFAULT_VERBOSITY)
     if given.log_file is not None:
         log.open(work / given.log_file)
     if given.prev_images_dir is not None:

@@ -14,15 +14,15 @@ import struct
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from lazyd.errors import ImageError, LazydError, ProtocolError
 from lazyd.report import Log
 from lazyd.serve.core import Event, Peer
 from lazyd.serve.inbox import Inbox
 from lazyd.serve.shelves import Borrowed, Shelves, empty_shelf
-from lazyd.tcp import Peer as TcpPeer
 from lazyd.tcp import DEAD_AFTER_S, is_silent, prepare
+from lazyd.tcp import Peer as TcpPeer
+from lazyd.tuples import NamedTuple
 from lazyd.units import human_bytes
 from lazyd.wire import Answer, Command, Flags, Message, Reply, encode_reply
 

@@ -23,9 +23,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from lazyd.image.writer import write_error
+from lazyd.tuples import NamedTuple
 
 _PREFIX = ".page-server."
 _LIST = "names"

@@ -32,15 +32,15 @@ class Server:
         self._clients: dict[socket.socket, threading.Thread] = {}
         self._is_crowded = False
 
-    def run(self, stop: socket.socket) -> None:
-        """Serve until there is a byte in `stop`; then hang up on all clients, and wait for their threads."""
+    def run(self, stop: int) -> None:
+        """Serve until the descriptor `stop` can be read; then hang up on all clients, and wait for their threads."""
         _raise_descriptor_limit()
         threading.stack_size(_STACK_BYTES)
         self._listener.setblocking(False)  # noqa: FBT003  its only way
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
         poll.register(stop, select.POLLIN)
-        while stop.fileno() not in dict(poll.poll()):
+        while stop not in dict(poll.poll()):
             self._accept()
         self._end()
 

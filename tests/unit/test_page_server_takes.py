@@ -347,8 +347,11 @@ def test_pages_are_given_as_soon_as_they_are_there(tmp_path):
         assert asker.answer().data == patterns(1)
 
 
-class Killed(BaseException):
-    """What a kill is to whoever is killed."""
+def fill(folder: Folder, *names: str) -> None:
+    """Make files in a hidden folder."""
+    for name in names:
+        with os.fdopen(folder.create(name), "w") as file:
+            file.write(f"new {name}")
 
 
 @pytest.mark.parametrize("renames", range(6))
@@ -370,8 +373,7 @@ def test_a_server_that_is_killed_while_it_gives_names(renames, tmp_path, monkeyp
 
         monkeypatch.setattr(Path, "rename", rename)
         folder = Folder(tmp_path)
-        for move in moves:
-            os.write(folder.create(move.hidden), f"new {move.hidden}".encode())
+        fill(folder, *"abc")
         with locked(tmp_path):
             folder.publish(moves)
         os._exit(0)
@@ -393,8 +395,7 @@ def test_a_server_that_is_killed_while_it_gives_names(renames, tmp_path, monkeyp
 def test_names_that_cannot_be_given_are_taken_back(failing, tmp_path, monkeypatch):
     (tmp_path / "b.img").write_text("old")
     folder = Folder(tmp_path)
-    for name in "abc":
-        os.write(folder.create(name), f"new {name}".encode())
+    fill(folder, *"abc")
     real, done = Path.rename, 0
 
     def rename(self, target):
@@ -414,12 +415,12 @@ def test_names_that_cannot_be_given_are_taken_back(failing, tmp_path, monkeypatc
 
 def test_one_that_lives_is_left_alone(tmp_path):
     folder = Folder(tmp_path)
-    os.write(folder.create("a"), b"new")
+    fill(folder, "a")
     assert clear_up(tmp_path) == []
     with locked(tmp_path):
         folder.publish([Move("a", "a.img")])
     folder.close()
-    assert listing(tmp_path) == {"a.img": b"new"}
+    assert listing(tmp_path) == {"a.img": b"new a"}
 
 
 def test_ended_in_the_middle(tmp_path):
