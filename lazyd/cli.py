@@ -34,7 +34,8 @@ lazyd [lazy-pages] -D DIR [options]   serve the memory of a restore; beside `cri
        lazyd dump --pid PID -D DIR           write images of a process (lazyd dump --help)
        lazyd pre-dump --pid PID -D DIR       the same, while it goes on, to dump only changes later
        lazyd restore -D DIR                  build a dumped process again and serve it (lazyd restore --help)
-       lazyd rewind --pid PID -D DIR         put a live process back to its own checkpoint"""
+       lazyd rewind --pid PID -D DIR         put a live process back to its own checkpoint
+       lazyd page-server -D DIR --port N     take dumps, or give out pages (lazyd page-server --help)"""
 _LAST_STANDARD_STREAM = 2
 _REMOTE = (
     "tls",
@@ -260,11 +261,12 @@ def _page_server(given: argparse.Namespace) -> PageServer | None:
 
 _DUMPING = ("dump", "pre-dump")
 _RESTORING = ("restore", "rewind")
-_WITH_OWN_OPTIONS = (*_DUMPING, *_RESTORING)
+_SERVING = "page-server"
+_WITH_OWN_OPTIONS = (*_DUMPING, *_RESTORING, _SERVING)
 
 
 class _Verb(Enum):
-    """The first word, and what it starts. Those that have options of their own are in cli_dump and cli_restore."""
+    """The first word, and what it starts. Those that have options of their own are in cli_dump, -_restore, -_serve."""
 
     LAZY_PAGES = "lazy-pages"
     SHOW = "show"
@@ -287,6 +289,10 @@ def _run(arguments: Sequence[str]) -> int:
         from lazyd import cli_restore  # noqa: PLC0415  see the head of this module
 
         return cli_restore.run(arguments)
+    if arguments and arguments[0] == _SERVING:
+        from lazyd import cli_serve  # noqa: PLC0415  see the head of this module
+
+        return cli_serve.run(arguments)
     given = parse(arguments)
     if given.version:
         from lazyd.report import version  # noqa: PLC0415

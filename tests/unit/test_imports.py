@@ -20,11 +20,11 @@ ROOT = Path(lazyd.__file__).parent
 LEVELS = [
     {"__main__"},
     {"cli"},
-    {"cli_dump", "cli_restore"},
+    {"cli_dump", "cli_restore", "cli_serve"},
     {"arguments"},
     {"daemon"},
     {"session"},
-    {"keeper", "uffd", "source", "target", "dump", "restore", "report", "restore_socket", "net"},
+    {"keeper", "uffd", "source", "target", "dump", "restore", "report", "restore_socket", "serve", "net"},
     {"image", "tcp", "tls", "wire"},
     {"units", "errors"},
     {"deferred", "tuples"},
@@ -35,6 +35,8 @@ ACROSS = {
     ("keeper", "uffd"),
     ("report", "uffd"),
     ("restore", "target"),
+    ("serve", "dump"),
+    ("serve", "report"),
     ("units", "errors"),
 }
 ONLY_IMPORTERS = {
@@ -42,6 +44,7 @@ ONLY_IMPORTERS = {
     "lazyd.image._pagemap": {"image"},
     "lazyd.target._target": {"target"},
     "lazyd.dump._memory": {"dump"},
+    "lazyd.serve._server": {"serve"},
     "google.protobuf": {"image"},
     "ptrace": {"target"},
     "pyroute2": {"net"},
