@@ -16,6 +16,7 @@
  */
 #define CHECKED_NS 10000U
 #define FILL_CHECKED_NS 500000U
+#define RELEASE_BYTES (2ULL << 20)
 
 /* How many bytes of a pages image, from its start, are still what they were when it was loaded. */
 static uint64_t source_bytes(struct lz_worker *worker, uint16_t number)
@@ -42,6 +43,8 @@ bool lz_source_holds(struct lz_worker *worker, enum lz_for who, uint16_t number,
 {
 	struct lz_source_view *view = &worker->view[who][number];
 
+	if (worker->engine->source[number].is_landing)
+		return true;
 	view->checked_bytes = source_bytes(worker, number);
 	view->checked_ns = lz_now_ns();
 	return view->checked_bytes >= end;
@@ -68,6 +71,8 @@ uint64_t lz_resident_bytes(struct lz_worker *worker, enum lz_for who, uint16_t n
 	uint64_t pages, known = 0;
 	bool is_wide;
 
+	if (source->is_landing)
+		return lz_remote_arrived(&worker->engine->remote, start, end);
 	if (view->start <= start && start < view->end)
 		return (end < view->end ? end : view->end) - start;
 	/*
@@ -139,6 +144,20 @@ static int64_t give_up_pages(struct lz_worker *worker, struct lz_task *task, uin
 	return (int64_t)PAGES(done);
 }
 
+/* Give back, in large pieces, the landing's memory of what is installed and no fork of the task can want. */
+static void note_landed(struct lz_worker *worker, struct lz_task *task, uint64_t offset, uint64_t bytes,
+			enum lz_cause cause)
+{
+	if (cause != LZ_BY_FILL || !lz_space_is_alone(worker->engine->arena, &task->space))
+		return;
+	if (offset != task->landed_end || task->landed_end - task->landed_start >= RELEASE_BYTES) {
+		if (task->landed_end > task->landed_start)
+			lz_remote_release(&worker->engine->remote, task->landed_start, task->landed_end);
+		task->landed_start = offset;
+	}
+	task->landed_end = offset + bytes;
+}
+
 /*
  * Install a run of missing dumped pages. 0 when every page of it is dealt with; -EAGAIN or -ENOMEM to try again later,
  * -ESRCH when the memory is gone, other errors when this task cannot be served.
@@ -150,7 +169,7 @@ int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct 
 	uint64_t start = run->start, offset = run->offset, left = run->pages, most = run->pages;
 	uint64_t readable = run->pages;
 
-	if (run->kind != LZ_KIND_DUMPED)
+	if (run->kind == LZ_KIND_REMOTE && !source->is_landing)
 		return give_up_pages(worker, task, start, left, run->source, -EOPNOTSUPP) < 0 ? -EAGAIN : 0;
 	if (!lz_source_held(worker, LZ_FOR_WORKER, cause, run->source, offset + BYTES(left))) {
 		uint64_t size = source_bytes(worker, run->source);
@@ -174,6 +193,21 @@ int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct 
 		}
 		if (pages > readable)
 			pages = readable;
+		if (source->is_landing) {
+			uint64_t good = lz_remote_good(&worker->engine->remote, offset, pages);
+			int64_t given = good ? 0 : give_up_pages(worker, task, start, 1, run->source, -ENODATA);
+
+			if (given < 0)
+				return (int)given;
+			if (!good) {
+				start += LZ_PAGE_SIZE;
+				offset += LZ_PAGE_SIZE;
+				left--;
+				readable--;
+				continue;
+			}
+			pages = good;
+		}
 		LZ_POINT("before-copy", start);
 		result = lz_uffd_copy(task->uffd, start, source->map + offset, BYTES(pages), &done);
 		if (done) {
@@ -183,7 +217,9 @@ int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct 
 			lz_forget_left(task, PAGES(done));
 			lz_count(cause == LZ_BY_FAULT ? &counters->fault_copied_pages : &counters->fill_copied_pages,
 				 PAGES(done));
-			if (!lz_source_holds(worker, LZ_FOR_WORKER, run->source, offset + done))
+			if (source->is_landing)
+				note_landed(worker, task, offset, done, cause);
+			else if (!lz_source_holds(worker, LZ_FOR_WORKER, run->source, offset + done))
 				lz_notify(worker, (struct lz_notice){ .kind = LZ_NOTICE_SUSPECT,
 								      .task = task->number,
 								      .address = start,

@@ -273,6 +273,7 @@ enum lz_notice_kind {
 	LZ_NOTICE_TASK_FAILED = 7, /* the task cannot be served any more: error why; its missing pages are poisoned */
 	LZ_NOTICE_LOST = 8,        /* value notices were dropped because nobody read them */
 	LZ_NOTICE_SUSPECT = 9,     /* pages at address may have been installed from a source that was cut meanwhile */
+	LZ_NOTICE_LINK = 10,       /* the link to the page server is of no use any more: see lz_engine_link() */
 };
 
 struct lz_notice {
@@ -333,6 +334,42 @@ struct lz_engine;
 struct lz_engine *lz_engine_new(const struct lz_config *config, int *error);
 /* Add a pages image: fd is duplicated and mapped. Returns its number, the `source` of extents, or -errno. */
 int lz_engine_add_source(struct lz_engine *engine, int fd);
+
+/* Why a link is of no use any more. */
+enum lz_link_reason {
+	LZ_LINK_FAILED = 1,    /* the error says it */
+	LZ_LINK_ENDED = 2,     /* the other side has hung up */
+	LZ_LINK_COMMAND = 3,   /* an answer that is none: first word found, wanted */
+	LZ_LINK_PID = 4,       /* of another task: pid found, wanted */
+	LZ_LINK_ADDRESS = 5,   /* of other pages: address found, wanted */
+	LZ_LINK_PAGES = 6,     /* of none, or more than were asked for: pages found, wanted at most */
+	LZ_LINK_UNASKED = 7,   /* bytes that nobody asked for */
+	LZ_LINK_UNCOUNTED = 8, /* a process died, and it is not known what it had received */
+};
+
+/* How the link to the page server is. */
+struct lz_link_info {
+	uint64_t bytes;     /* of pages received, over all connections */
+	uint64_t in_flight; /* bytes of pages on their way */
+	uint64_t requests;  /* ever made */
+	uint64_t waiting;   /* of these, how many are not answered */
+	uint64_t round_trip_ns, rate;
+	uint64_t detail[2];
+	uint32_t reason; /* enum lz_link_reason, if error */
+	int32_t error;   /* 0: it is up */
+	uint32_t speaks_lazyd;
+	uint32_t header_bytes;
+	int32_t fd; /* -1: there is none */
+};
+
+/*
+ * Have remote pages come from a page server, over a connected stream on which nothing is on its way; before any task is
+ * prepared. Its descriptor passes on success. header_bytes: 24 or 32. Returns the number of a source, or -errno.
+ */
+int lz_engine_add_remote(struct lz_engine *engine, int fd, uint32_t header_bytes);
+/* Go on over another connection, after a LINK notice: what was on its way is asked again. As above. */
+int lz_engine_relink(struct lz_engine *engine, int fd, uint32_t header_bytes);
+void lz_engine_link(struct lz_engine *engine, struct lz_link_info *info);
 /* Prepare a task: its table and regions are copied in and checked. Returns the task's number or -errno. */
 int lz_engine_prepare(struct lz_engine *engine, int image_pid, const struct lz_extent *extents, uint64_t count,
 		      const struct lz_vma *vmas, uint32_t vma_count);
@@ -352,7 +389,7 @@ void lz_engine_release_reserve(struct lz_engine *engine);
 /* What a descriptor is to the state that is shared. */
 enum lz_descriptor {
 	LZ_DESCRIPTOR_UNKNOWN = 0,
-	LZ_DESCRIPTOR_SERVED = 1, /* the userfaultfd of a task, or of a fork that is not applied yet */
+	LZ_DESCRIPTOR_SERVED = 1, /* the userfaultfd of a task, or of a fork that is not applied yet; or the link's */
 	LZ_DESCRIPTOR_DONE = 2,   /* one that was to be closed, its task having ended, when the process died */
 };
 

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from lazyd.errors import LazydError, SystemCallError
 from lazyd.keeper import Guard, Life, Work, flush, keep
@@ -33,6 +33,7 @@ from lazyd.restore_socket import Listener
 from lazyd.session import Session, Settings
 from lazyd.session.signals import hold_signals
 from lazyd.target import Attached
+from lazyd.tuples import NamedTuple
 from lazyd.uffd import check_permission
 
 

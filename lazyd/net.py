@@ -22,9 +22,10 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from lazyd.errors import SystemCallError
+from lazyd.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from pyroute2 import IPRoute

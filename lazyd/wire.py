@@ -26,9 +26,9 @@ from __future__ import annotations
 import enum
 import struct
 from collections import deque
-from typing import NamedTuple
 
 from lazyd.errors import ProtocolError
+from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SHIFT, PAGE_SIZE, USER_SPACE_END
 
 

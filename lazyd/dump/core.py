@@ -12,11 +12,12 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 from lazyd.dump._memory import ffi, lib
 from lazyd.errors import DumpError, SystemCallError
 from lazyd.image import Dialect, ExtentTable
+from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE
 
 

@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lazyd.dump import tracker
 from lazyd.dump.areas import areas_of
@@ -44,6 +44,7 @@ from lazyd.target.state import TaskState, read_state
 from lazyd.target.survey import Look, Survey, check_is_process, has_ended, look_at_all, refuse, started_at
 from lazyd.target.tracing import StoppedTask
 from lazyd.target.userfault import UFFD_USER_MODE_ONLY, open_userfaultfd
+from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE, human_bytes
 from lazyd.wire import HeaderSize
 

@@ -13,13 +13,13 @@ import contextlib
 import enum
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 from lazyd.dump.core import PageKind, PagemapFormat, PagePipe, Progress, Room, Source, copy_pages
 from lazyd.errors import DumpError, SystemCallError
 from lazyd.image import ExtentTable
 from lazyd.image.parent import ParentTable, load_parent
 from lazyd.image.writer import ImagesWriter, write_error
+from lazyd.tuples import NamedTuple
 
 _THREADS_MAX = 4
 

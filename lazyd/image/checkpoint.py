@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
 from lazyd.errors import ImageError
 from lazyd.image import chain
@@ -29,6 +28,7 @@ from lazyd.image.pagemap import (
     read_pagemap,
     uses_field_5,
 )
+from lazyd.tuples import NamedTuple
 
 # A row of struct lz_extent names its source in 16 bits.
 MAX_SOURCES = 1 << 16

@@ -8,12 +8,13 @@ loaded before the task is stopped, and whole: a chain that cannot be read is fou
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from lazyd.errors import ImageError
 from lazyd.image import chain
 from lazyd.image.checkpoint import Level, flatten, read_level, report_broken_holes
 from lazyd.image.pagemap import Dialect, ExtentTable, check_dialect
+from lazyd.tuples import NamedTuple
 
 
 class ParentTable(NamedTuple):

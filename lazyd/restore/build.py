@@ -24,7 +24,7 @@ from lazyd.restore.files import Files
 from lazyd.restore.memory import Memory
 from lazyd.restore.plan import Plan, make_plan, taken_ranges
 from lazyd.target import Attached
-from lazyd.target.attach import empty_ranges, merge_ranges
+from lazyd.target.expected import empty_ranges, merge_ranges
 from lazyd.target.mappings import find_pages
 from lazyd.target.puppet import Puppet, Step, find_workshop
 from lazyd.target.userfault import enable_missing, register_missing, take_userfaultfd, unregister
@@ -195,10 +195,11 @@ def check_empty(plan: Plan, filled: Sequence[Extent]) -> None:
 
 def _find_strangers(plan: Plan, filled: Sequence[Extent]) -> list[tuple[int, int, int]]:
     """Return (start, end, pages) of ranges with pages that are still to come."""
+    lazy = [(area.start, area.end) for area in plan.vmas if area.is_lazy]
     known = [(int(extent.start), int(extent.end)) for extent in filled]
     present = merge_ranges([*known, *memories.rseq_pages(plan)])
     try:
-        return find_pages(plan.pid, empty_ranges(plan.vmas, present))
+        return find_pages(plan.pid, empty_ranges(lazy, present))
     except OSError as error:
         if error.errno == errno.ENOTTY:
             return []  # Linux before 6.7

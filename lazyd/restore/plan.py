@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lazyd.errors import ImageError, RestoreError
 from lazyd.image.buildid import build_id_words, read_build_id
@@ -24,6 +24,7 @@ from lazyd.image.encode import SmallImage
 from lazyd.image.small import has_records, read_message, read_messages
 from lazyd.restore import vma as vmas
 from lazyd.target.tracing import status_fields
+from lazyd.tuples import NamedTuple
 
 _X86_64, _NATIVE = 1, 1
 REGULAR, PIPE, TERMINAL, MEMFD = 1, 2, 11, 18

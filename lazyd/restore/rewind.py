@@ -27,7 +27,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import NamedTuple
 
 from lazyd.errors import DumpError, LazydError, RestoreError, SystemCallError
 from lazyd.image import Extent, Kind, load_shared
@@ -56,6 +55,7 @@ from lazyd.target.puppet import WORKSHOP_BYTES, Puppet, Step, find_gap, find_wor
 from lazyd.target.remote import Call, RemoteCalls, find_room
 from lazyd.target.state import list_timers
 from lazyd.target.tracing import StoppedTask
+from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE
 
 # arch/x86/entry/syscalls/syscall_64.tbl

@@ -25,8 +25,8 @@ from typing import Any
 from lazyd.errors import RestoreError
 from lazyd.restore.plan import Plan, Thread, mask
 from lazyd.target import xstate
+from lazyd.target.process import SIGACTION_SIGNALS
 from lazyd.target.puppet import Pointing, Puppet, Step
-from lazyd.target.state import SIGACTION_SIGNALS
 from lazyd.target.tracing import Registers
 from lazyd.target.tracing import Thread as Traced
 

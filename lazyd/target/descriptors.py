@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
 
 from lazyd.target.mappings import DELETED, path_problem
+from lazyd.tuples import NamedTuple
 
 _SYS_KCMP, _SYS_PIDFD_GETFD = 312, 438
 KCMP_FILE, KCMP_VM, KCMP_FILES, KCMP_FS, KCMP_SIGHAND = range(5)

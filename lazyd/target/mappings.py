@@ -5,6 +5,8 @@ Facts: /proc/PID/smaps names every mapping with its flags (proc(5), VmFlags); th
 the mapped file itself, whatever its path is now, and their permissions are the mode that the file was opened with.
 Shared anonymous memory is a file of the kernel's own, named /dev/zero and deleted, or a memfd that nobody has a
 descriptor of any more (which is what `criu restore` makes of it); its inode number tells one object from another.
+System V shared memory has its identifier for an inode number, and the first one of a machine is 0: it is by the device
+that a mapping of a file is known from one of none.
 vvar is in two parts on current kernels; images have it as one.
 """
 
@@ -20,8 +22,9 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
+from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE
 
 # mmap(2), asm-generic.
@@ -37,6 +40,7 @@ _FLAGS_TELL_GUARDS = tuple(map(int, os.uname().release.split("-")[0].split(".")[
 _PAGEMAP_SCAN, _PRESENT, _SWAPPED, _GUARD = 0xC0606610, 1 << 3, 1 << 4, 1 << 8
 _SCAN, _REGION, _REGIONS = struct.Struct("12Q"), struct.Struct("3Q"), 512
 _DEVICE_ZERO = os.makedev(1, 5)
+_NO_DEVICE = b"00:00"
 
 
 class MappingKind(Enum):
@@ -165,7 +169,7 @@ def read_mappings(pid: int, known: Known | None = None) -> list[Mapping]:
 
 
 _FLAGS_WORD = b"VmFlags:"
-_HEADER = re.compile(rb"[0-9a-f]+-[0-9a-f]+ ")
+_HEADER = rb"[0-9a-f]+-[0-9a-f]+ "
 
 
 def _headers_and_flags(text: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -174,6 +178,7 @@ def _headers_and_flags(text: bytes) -> Iterator[tuple[bytes, bytes]]:
     A mapping has two dozen lines, and always the same ones on one machine: then they are counted, not looked at, which
     is several times quicker with ten thousands of mappings. Only what is at the counted places is held to be there.
     """
+    is_header = re.compile(_HEADER).match
     lines = text.split(b"\n")
     if not lines[-1]:
         lines.pop()
@@ -181,7 +186,7 @@ def _headers_and_flags(text: bytes) -> Iterator[tuple[bytes, bytes]]:
     if each and not len(lines) % each:
         headers, flags = lines[0::each], lines[each - 1 :: each]
         is_flags = [line.startswith(_FLAGS_WORD) for line in flags]
-        if all(is_flags) and all(map(_HEADER.match, headers)):
+        if all(is_flags) and all(map(is_header, headers)):
             yield from zip(headers, flags, strict=True)
             return
     header = b""
@@ -189,7 +194,7 @@ def _headers_and_flags(text: bytes) -> Iterator[tuple[bytes, bytes]]:
         if line.startswith(_FLAGS_WORD):
             yield header, line
             header = b""
-        elif _HEADER.match(line):
+        elif is_header(line):
             if header:
                 yield header, b""
             header = line
@@ -208,7 +213,7 @@ def _read_one(pid: int, header: list[bytes], words: frozenset[bytes]) -> Mapping
     shared_inode = 0
     problem = ""
     kind = _KERNEL_NAMES.get(name)
-    if kind is None and int(header[4]):
+    if kind is None and (int(header[4]) or header[3] != _NO_DEVICE):
         file, status = _read_file(pid, header[0].decode())
         problem = _file_problem(file.path, status, is_shared=is_shared)
         kind = MappingKind.SHARED_FILE if is_shared else MappingKind.PRIVATE_FILE

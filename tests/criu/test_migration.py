@@ -17,3 +17,14 @@ def test_stock_daemon_migrates(suite, scenario, victim, tmp_path):
         outcome = migration.restore(source, images, tmp_path / "work", who="stock")
         migration.assert_good(outcome)
         assert not source.task_state or source.task_state == "Z"
+
+
+@pytest.mark.parametrize("scenario", ["tree"])
+def test_lazyd_migrates(suite, scenario, victim, tmp_path):
+    command = [str(victim), scenario, str(tmp_path / "state")]
+    with migration.source(suite, command, tmp_path) as source:
+        images = source.copy_images(tmp_path / "there")
+        outcome = migration.restore(source, images, tmp_path / "work", who="lazyd")
+        migration.assert_good(outcome)
+        print(outcome.daemon_output)
+        assert not source.task_state or source.task_state == "Z"

@@ -18,6 +18,7 @@ from kernel_harness import NEEDS_KTHREADD, Dying, layout, wait_until
 from lazyd.target import tracing
 
 LAZYD = str(Path(sys.executable).parent / "lazyd")
+HAS_SYSTEM_V = Path("/proc/sysvipc").exists()
 
 
 def lazyd(*words, **options):
@@ -211,12 +212,29 @@ def everything(tmp_path):
 
 def test_all_that_is_beyond_a_plain_task_is_listed_at_once(everything, tmp_path):
     message = refused("dump", "--pid", everything.pid, "-D", tmp_path / "images")
-    has_system_v = Path("/proc/sysvipc").exists()
-    for words in WORDS if has_system_v else [words for words in WORDS if "System V" not in words]:
+    for words in WORDS if HAS_SYSTEM_V else [words for words in WORDS if "System V" not in words]:
         assert words in message, f"{words} in:\n{message}"
     assert "`criu dump`" in message
     assert is_nothing_left(tmp_path)
     assert everything.poll() is None
+
+
+FIRST_SHARED_MEMORY = """
+assert libc.unshare(0x08000000) == 0  # CLONE_NEWIPC: numbers begin anew
+shm = libc.shmget(0, 4096, 0o1600)
+assert shm == 0
+libc.shmat(shm, None, 0)
+libc.shmctl(shm, 0, None)
+"""
+
+
+@pytest.mark.skipif(not HAS_SYSTEM_V, reason="this kernel has no System V shared memory")
+def test_the_first_shared_memory_of_a_machine(tmp_path):
+    """Its identifier is 0, and so is what maps has for an inode: it is no private memory for that."""
+    with running(tmp_path, FIRST_SHARED_MEMORY) as process:
+        assert "System V shared memory" in refused("dump", "--pid", process.pid, "-D", tmp_path / "images")
+        assert process.poll() is None
+    assert is_nothing_left(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["--net", "--uts", "--mount", "--ipc", "--pid --fork", "--user", "--cgroup"])

@@ -20,14 +20,16 @@ ROOT = Path(lazyd.__file__).parent
 LEVELS = [
     {"__main__"},
     {"cli"},
-    {"cli_dump", "cli_restore", "daemon"},
+    {"cli_dump", "cli_restore"},
+    {"arguments"},
+    {"daemon"},
     {"session"},
     {"keeper", "uffd", "source", "target", "dump", "restore", "report", "restore_socket", "net"},
     {"image", "tcp", "tls", "wire"},
     {"units", "errors"},
+    {"deferred", "tuples"},
 ]
 ACROSS = {
-    ("cli_restore", "daemon"),
     ("dump", "report"),
     ("dump", "target"),
     ("keeper", "uffd"),
@@ -47,7 +49,17 @@ ONLY_IMPORTERS = {
 }
 # Before the socket listens, users wait: what is slow to import is imported when it is needed.
 NEVER_AT_THE_TOP = {"rich", "json", "importlib.metadata", "traceback", "dataclasses", "logging", "asyncio"}
-ON_THE_WAY_TO_LISTENING = {"cli", "daemon", "session", "keeper", "restore_socket", "report", "target", "uffd"}
+ON_THE_WAY_TO_LISTENING = {
+    "cli",
+    "arguments",
+    "daemon",
+    "session",
+    "keeper",
+    "restore_socket",
+    "report",
+    "target",
+    "uffd",
+}
 
 
 def room(path):

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: MIT
+"""The page server of a session: what happens when its link breaks, and how the two part.
+
+A link that breaks is reported at once. What has arrived goes on being served, and faults on the rest wait: none of them
+reads zeros. lazyd's own page server is connected to again, for as long as it takes, and asked again for what was on its
+way, once it has proven that it has the same checkpoint. A stock source is a dumper that serves one connection and then
+ends its task or lets it go on: there is nobody to connect to, and an operator decides (--on-source-loss).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from enum import Enum
+
+from lazyd.errors import LazydError, ProtocolError
+from lazyd.report import Log
+from lazyd.source.page_server import PageServer, ask_identity, connect, finish, refuse
+from lazyd.uffd import Engine, LinkInfo, LinkReason, SharedWords
+from lazyd.units import PAGE_SIZE, human_bytes
+from lazyd.wire import HeaderSize
+
+FIRST_RETRY_S = 0.1
+LAST_RETRY_S = 5.0
+RETRY_CONNECT_S = 2.0
+DRAIN_S = 10.0
+
+
+class OnLoss(Enum):
+    """What becomes of tasks whose missing pages cannot be had any more."""
+
+    HOLD = "hold"
+    KILL = "kill"
+
+
+class RemotePages:
+    """The link of a session. Its state is the engine's and shared words, so that the next process goes on with it."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        server: PageServer,
+        header: HeaderSize,
+        pids: Sequence[int],
+        log: Log,
+    ) -> None:
+        """Connect; `pids` are the tasks that have pages there."""
+        self._engine = engine
+        self._server = server
+        self._header = server.header or header
+        self._pids = pids
+        self._log = log
+        self._shared = SharedWords(2)
+        self._retry_at: float | None = None
+        self._retry_s = FIRST_RETRY_S
+        self._is_lost = False
+        self._connection: socket.socket | None = connect(server)
+
+    def begin(self) -> None:
+        """Give the engine the connection; before it prepares any task."""
+        assert self._connection is not None
+        self._engine.add_remote(self._connection.fileno(), self._header)
+        self._connection.detach()
+        self._connection = None
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self._server.name
+
+    @property
+    def info(self) -> LinkInfo:
+        """How the link is."""
+        return self._engine.link()
+
+    def learn(self) -> None:
+        """Ask a server that turns out to be lazyd's who it is, over a second connection, once."""
+        if self._shared[0] or self._shared[1] or not self._server.may_come_back or not self.info.speaks_lazyd:
+            return
+        self._shared[1] = 1
+        with contextlib.suppress(LazydError), connect(self._server) as connection:
+            self._shared[0] = ask_identity(connection, self.name, self._header, self._pids)
+
+    def on_notice(self) -> str | None:
+        """Deal with a link that broke. Returns what to report if it cannot be mended."""
+        info = self.info
+        if not info.error:
+            return None  # it is up again
+        left = human_bytes(self._engine.totals().left_pages * PAGE_SIZE)
+        why = f"{self.name}: {describe(info)}"
+        if self._can_come_back(info):
+            self._log.warning(f"{why}; {left} are missing and wait, connecting again")
+            self._retry_at = self._log.elapsed()
+            return None
+        self._is_lost = True
+        return f"{why}; {left} are missing and cannot be had any more"
+
+    def _can_come_back(self, info: LinkInfo) -> bool:
+        return bool(self._shared[0]) and info.reason in (
+            LinkReason.FAILED,
+            LinkReason.ENDED,
+            LinkReason.UNCOUNTED,
+        )
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether pages that have not arrived never will."""
+        return self._is_lost
+
+    def drain(self) -> None:
+        """Wait until the server has answered all that it was asked; nobody wants it any more."""
+        end = self._log.elapsed() + DRAIN_S
+        while (info := self.info).waiting and not info.error and self._log.elapsed() < end:
+            time.sleep(0.002)
+
+    def due_in(self) -> float | None:
+        """How long until retry() is worth calling; None: it is not."""
+        return None if self._retry_at is None else max(0.0, self._retry_at - self._log.elapsed())
+
+    def retry(self) -> str | None:
+        """Connect again if it is time to. Returns what to report if that is hopeless."""
+        if self._retry_at is None or self._log.elapsed() < self._retry_at:
+            return None
+        try:
+            connection = connect(self._server, RETRY_CONNECT_S)
+            try:
+                found = ask_identity(connection, self.name, self._header, self._pids)
+                if found != self._shared[0]:
+                    self._retry_at = None
+                    self._is_lost = True
+                    return f"{self.name}: it is up again, but has another checkpoint: nothing is taken of it"
+                self._engine.relink(connection.fileno(), self._header)
+                connection.detach()
+            finally:
+                connection.close()
+        except LazydError as error:
+            self._log.debug(str(error))
+            self._retry_at = self._log.elapsed() + self._retry_s
+            self._retry_s = min(2 * self._retry_s, LAST_RETRY_S)
+            return None
+        self._retry_at = None
+        self._retry_s = FIRST_RETRY_S
+        self._log.message(f"{self.name}: connected again")
+        return None
+
+    def part(self, *, has_run: bool, has_all: bool) -> str | None:
+        """End the link, when the engine's threads have ended. Returns what to report if the end is not a good one.
+
+        has_run: a restored task may have run; has_all: every page is accounted for.
+        """
+        info = self.info
+        connection, self._connection = self._connection, None
+        if connection is None:
+            if info.fd < 0:
+                return None
+            connection = socket.socket(fileno=os.dup(info.fd))
+        try:
+            if not has_run:
+                refuse(connection)
+            elif has_all and not info.error and not info.waiting:
+                finish(connection, self.name, HeaderSize(info.header_bytes), is_inherited=self._server.inherited >= 0)
+        except ProtocolError as error:
+            return str(error)
+        finally:
+            connection.close()
+        return None
+
+
+_REASONS: dict[LinkReason, Callable[[int, int], str]] = {
+    LinkReason.ENDED: lambda _, __: "it hung up",
+    LinkReason.COMMAND: lambda found, _: (
+        f"an answer that begins with {found:#x}: not a page server, or one of the other header size"
+    ),
+    LinkReason.PID: lambda found, wanted: f"an answer about task {found}, task {wanted} was asked for",
+    LinkReason.ADDRESS: lambda found, wanted: f"an answer about {found:#x}, {wanted:#x} was asked for",
+    LinkReason.PAGES: lambda found, wanted: f"an answer of {found} pages, {wanted} were asked for",
+    LinkReason.UNASKED: lambda _, __: "bytes that nobody asked for",
+    LinkReason.UNCOUNTED: lambda _, __: "the serving process died in the middle of receiving",
+}
+
+
+def describe(info: LinkInfo) -> str:
+    """Say why a link is of no use any more."""
+    if info.reason is LinkReason.FAILED:
+        number = -info.error
+        return f"the link broke: {errno.errorcode.get(number, number)}, {os.strerror(number).lower()}"
+    return _REASONS[info.reason](*info.detail)
