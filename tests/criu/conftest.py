@@ -32,10 +32,23 @@ def suite(request):
 
 
 @pytest.fixture(scope="session")
-def victim(tmp_path_factory):
+def programs(tmp_path_factory):
+    """Return a function that compiles a victim once."""
+    folder = tmp_path_factory.mktemp("programs")
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = harness.compile_c(harness.ROOT / "tests/victims" / f"{name}.c", folder / name)
+        return str(made[name])
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def victim(programs):
     """Return the path of the compiled victim."""
-    folder = tmp_path_factory.mktemp("victim")
-    return harness.compile_c(harness.ROOT / "tests" / "victims" / "victim.c", folder / "victim")
+    return Path(programs("victim"))
 
 
 @pytest.fixture(scope="module")

@@ -27,20 +27,6 @@ from lazyd.target.tracing import state_of
 LAZYD = str(Path(sys.executable).parent / "lazyd")
 
 
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory):
-    """Return a function that compiles a victim once."""
-    folder = tmp_path_factory.mktemp("programs")
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = harness.compile_c(harness.ROOT / "tests/victims" / f"{name}.c", folder / name)
-        return str(made[name])
-
-    return get
-
-
 @pytest.fixture
 def running():
     """Process groups that are ended when the test is over."""

@@ -29,20 +29,6 @@ PYTHON_COMMAND = "/usr/bin/python3" if Path("/usr/bin/python3").exists() else os
 STRESS = max(1, int(os.environ.get("LAZYD_STRESS", "1")))
 
 
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory):
-    """Return a function that compiles a victim once."""
-    folder = tmp_path_factory.mktemp("programs")
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = harness.compile_c(harness.ROOT / "tests/victims" / f"{name}.c", folder / name)
-        return str(made[name])
-
-    return get
-
-
 @pytest.fixture
 def start(tmp_path):
     """Start programs that are gone when the test is over."""
