@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import harness
@@ -43,6 +45,27 @@ def programs(tmp_path_factory):
         return str(made[name])
 
     return get
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start programs that are gone when the test is over."""
+    pids, states = [], []
+
+    def start(*command):
+        # Not below pytest's own folder, which another pytest may close to all but root at any moment.
+        state = Path(tempfile.mkdtemp(prefix="lazyd-test-"))
+        state.chmod(0o777)
+        states.append(state)
+        pid = harness.start_program([word.replace("STATE", str(state)) for word in command], state)
+        pids.append(pid)
+        return harness.Checkpoint("", pid, tmp_path / "images", state)
+
+    yield start
+    for pid in pids:
+        harness.reap_group(pid)
+    for state in states:
+        shutil.rmtree(state, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
