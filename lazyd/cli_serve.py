@@ -115,7 +115,7 @@ def _endpoint(given: argparse.Namespace) -> Endpoint | None:
 
 def _listen(given: argparse.Namespace, desk: Desk, endpoint: Endpoint | None, pidfile: Path | None) -> int:
     from lazyd.daemon import Announcement, into_background, leave_terminal  # noqa: PLC0415  see run()
-    from lazyd.serve.server import Server  # noqa: PLC0415
+    from lazyd.serve.server import Server, prepare_process  # noqa: PLC0415
     from lazyd.session.signals import hold_signals, signals_as_bytes  # noqa: PLC0415
     from lazyd.tcp import listen  # noqa: PLC0415
 
@@ -135,6 +135,7 @@ def _listen(given: argparse.Namespace, desk: Desk, endpoint: Endpoint | None, pi
             leave_terminal(desk.log)
             os.write(ready, b"\0")
             os.close(ready)
+        prepare_process()
         with signals_as_bytes() as stop:
             Server(listener, desk, endpoint).run(stop)
     desk.log.info("ended by a signal")

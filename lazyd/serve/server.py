@@ -28,6 +28,13 @@ _STACK_BYTES = 512 << 10
 _RETRY_S = 0.5
 
 
+def prepare_process() -> None:
+    """Have as many descriptors as may be had, for clients and pages images, and threads that take little."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    threading.stack_size(_STACK_BYTES)
+
+
 def serve_client(
     connection: socket.socket,
     name: str,
@@ -71,8 +78,6 @@ class Server:
 
     def run(self, stop: int) -> None:
         """Serve until the descriptor `stop` can be read; then hang up on all clients, and wait for their threads."""
-        _raise_descriptor_limit()
-        threading.stack_size(_STACK_BYTES)
         self._listener.setblocking(False)  # noqa: FBT003  its only way
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
@@ -147,9 +152,3 @@ def _hang_up(connection: socket.socket) -> None:
 def _name(address: tuple[str, int] | tuple[str, int, int, int]) -> str:
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _raise_descriptor_limit() -> None:
-    """Have as many descriptors as may be had: every client needs some, and every pages image that is served."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
