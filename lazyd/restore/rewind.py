@@ -26,13 +26,12 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from types import TracebackType
 
 from lazyd.errors import DumpError, LazydError, RestoreError, SystemCallError
 from lazyd.image import Extent, Kind, load_shared
 from lazyd.image.directory import MAP_LOCKED
 from lazyd.restore import memory as memories
-from lazyd.restore.build import check_empty, dress, make_threads, open_userfaultfd
+from lazyd.restore.build import Unreleased, check_empty, dress, make_threads, open_userfaultfd
 from lazyd.restore.live import (
     Live,
     Staying,
@@ -79,18 +78,14 @@ class _Slice(NamedTuple):
     end: int
 
 
-class Rewound:
-    """A task that is back at its checkpoint and does not run yet. As a context manager it ends what is not released."""
+class Rewound(Unreleased):
+    """A task that is back at its checkpoint and does not run yet."""
 
     def __init__(self, plan: Plan, memory: Memory) -> None:
         """Stop a task and rewind it. LazydError: it is refused and goes on, or (said so) it failed and is ended."""
-        self.tasks: list[Attached] = []
-        self.warning = ""
+        super().__init__(plan, memory)
         self.stopped_s = 0.0
         """How long it did not run: known once it does."""
-        self._plan = plan
-        self._memory = memory
-        self._puppet: Puppet | None = None
         self._aside: list[_Slice] = []
         self._slice_bytes = _SLICE_BYTES
         check_before(plan, plan.pid)
@@ -239,17 +234,12 @@ class Rewound:
                 steps.append(Step(f"lseek of {one.fd}", _SYS_LSEEK, (one.fd, file.reg.pos, os.SEEK_SET), may_fail=True))
         puppet.run(steps)
 
-    def release(self) -> None:
+    def release(self, *, stopped: bool = False) -> None:
         """Let the task go: somebody serves it. A second call does nothing."""
-        puppet, self._puppet = self._puppet, None
-        if puppet is None:
-            return
-        if self._plan.is_stopped:
-            with suppress(RestoreError, OSError):  # it was killed: nothing of it runs
-                puppet.stop()
-        puppet.release()
-        self.stopped_s = time.monotonic() - self._began
-        self.tasks = []
+        is_first = self._puppet is not None
+        super().release(stopped=stopped)
+        if is_first:
+            self.stopped_s = time.monotonic() - self._began
 
     def sweep(self) -> str:
         """Free, while the task runs, what was moved aside; return what is to be said if that cannot be."""
@@ -299,23 +289,6 @@ class Rewound:
                 size //= 2
         self._slice_bytes = _SLICE_BYTES
         return max(area.start, area.end - _SLICE_BYTES)
-
-    def close(self) -> None:
-        """Give up: the task is ended. Does nothing after release()."""
-        puppet, self._puppet = self._puppet, None
-        if puppet is not None:
-            puppet.kill()
-        for task in self.tasks:
-            os.close(task.uffd)
-        self.tasks = []
-
-    def __enter__(self) -> Rewound:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _program(pid: int) -> tuple[str, ...]:

@@ -448,7 +448,9 @@ class Session:
             return
         if self._settings.kill_on_loss:
             killed = ", ".join(map(str, self._held.kill_all()))
-            self._fail(f"{reason}: killed {killed or 'nobody'}")
+            self._fail(f"{reason}: killed {killed or 'nobody that is known here'}; what is missing is poisoned")
+            self._engine.abandon()
+            self._end = _End.ABANDONED
         else:
             self._problems.append(reason)
             self._log.error(f"{reason}: the tasks go on as far as they can and wait there; end them by SIGKILL")

@@ -26,6 +26,9 @@ from lazyd.wire import HeaderSize
 
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 5.0
+_IDENTITY, _ASKED, _PARTING = range(3)
+"""Words shared with the processes after this one: what the server has, 0: not known; 1: it was asked, once; 1: all
+pages have come, and the connection is being ended, so that nothing it does is a loss any more."""
 RETRY_CONNECT_S = 2.0
 DRAIN_S = 10.0
 
@@ -54,7 +57,7 @@ class RemotePages:
         self._header = server.header or header
         self._pids = pids
         self._log = log
-        self._shared = SharedWords(2)
+        self._shared = SharedWords(3)
         self._retry_at: float | None = None
         self._retry_s = FIRST_RETRY_S
         self._is_lost = False
@@ -79,17 +82,18 @@ class RemotePages:
 
     def learn(self) -> None:
         """Ask a server that turns out to be lazyd's who it is, over a second connection, once."""
-        if self._shared[0] or self._shared[1] or not self._server.may_come_back or not self.info.speaks_lazyd:
+        is_known = self._shared[_IDENTITY] or self._shared[_ASKED]
+        if is_known or not self._server.may_come_back or not self.info.speaks_lazyd:
             return
-        self._shared[1] = 1
+        self._shared[_ASKED] = 1
         with contextlib.suppress(LazydError), connect(self._server) as connection:
-            self._shared[0] = ask_identity(connection, self.name, self._header, self._pids)
+            self._shared[_IDENTITY] = ask_identity(connection, self.name, self._header, self._pids)
 
     def on_notice(self) -> str | None:
         """Deal with a link that broke. Returns what to report if it cannot be mended."""
         info = self.info
-        if not info.error:
-            return None  # it is up again
+        if not info.error or self._shared[_PARTING]:
+            return None  # it is up again, or not needed any more
         left = human_bytes(self._engine.totals().left_pages * PAGE_SIZE)
         why = f"{self.name}: {describe(info)}"
         if self._can_come_back(info):
@@ -100,7 +104,7 @@ class RemotePages:
         return f"{why}; {left} are missing and cannot be had any more"
 
     def _can_come_back(self, info: LinkInfo) -> bool:
-        return bool(self._shared[0]) and info.reason in (
+        return bool(self._shared[_IDENTITY]) and info.reason in (
             LinkReason.FAILED,
             LinkReason.ENDED,
             LinkReason.UNCOUNTED,
@@ -129,7 +133,7 @@ class RemotePages:
             connection = connect(self._server, RETRY_CONNECT_S)
             try:
                 found = ask_identity(connection, self.name, self._header, self._pids)
-                if found != self._shared[0]:
+                if found != self._shared[_IDENTITY]:
                     self._retry_at = None
                     self._is_lost = True
                     return f"{self.name}: it is up again, but has another checkpoint: nothing is taken of it"
@@ -161,7 +165,8 @@ class RemotePages:
         try:
             if not has_run:
                 refuse(connection)
-            elif has_all and not info.error and not info.waiting:
+            elif has_all and not info.error and not info.waiting and not self._shared[_PARTING]:
+                self._shared[_PARTING] = 1  # a process that dies from here on leaves it at the end of the connection
                 finish(connection, self.name, HeaderSize(info.header_bytes), is_inherited=self._server.inherited >= 0)
         except ProtocolError as error:
             return str(error)

@@ -29,7 +29,9 @@ import threading
 import time
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple, NoReturn, cast
+from typing import NoReturn, cast
+
+from lazyd.tuples import NamedTuple
 
 _BUFFER_BYTES = 1 << 19
 _WIRE_BYTES = 1 << 18

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NamedTuple
 
 from lazyd.errors import UsageError
+from lazyd.tuples import NamedTuple
 
 DEFAULT_AUTHORITY = Path("/etc/pki/CA/cacert.pem")
 DEFAULT_REVOKED = Path("/etc/pki/CA/cacrl.pem")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import harness
 import pytest
+from process_harness import Dying
 
 from lazyd.target.tracing import state_of, status_fields, thread_ids
 
@@ -359,23 +360,12 @@ def test_a_pages_image_that_is_cut(sleeper):
     assert "pages-" in refused(sleeper)
 
 
-DYING = """
-import itertools, os, signal, sys
-limit = int(sys.argv.pop(1))
+HEAD = """
+from lazyd import cli
+import lazyd.restore.build
 from lazyd.target import puppet, tracing
-numbers = itertools.count(1)
-def counted(function):
-    def counting(*arguments):
-        if next(numbers) > limit:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments)
-    return counting
 puppet.request = tracing.request = counted(tracing.request)
 os.pwrite = counted(os.pwrite)
-from lazyd.cli import main
-code = main()
-print("steps", next(numbers) - 1)
-sys.exit(code)
 """
 
 
@@ -383,19 +373,17 @@ def test_lazyd_is_killed_before_each_of_its_steps(programs, start):
     """Until the task is let go there is none of it left, and in the end it is whole."""
     saved = start(programs("plain"), "STATE", "2")
     dump(saved, "lazyd")
-
-    def run(limit):
-        return restore(saved, "--eager", check=False, command=[sys.executable, "-c", DYING, str(limit)])
-
+    words = ["restore", "-D", saved.images, "--no-progress", "--eager"]
     limit = 0
     step = max(1, 24 // STRESS)
-    while (ended := run(limit)).returncode == -signal.SIGKILL:
-        # Whoever is killed by PTRACE_O_EXITKILL is killed a moment after its tracer.
-        harness.wait_until(lambda: state_of(saved.pid) in "XZ", "the end of what was begun")
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(saved.pid, 0)
-        limit += step
-    assert ended.returncode == 0, ended.stderr
+    with Dying(HEAD, "return cli.main(words)") as dying:
+        while (code := dying.run(limit, *words)[0]) == -signal.SIGKILL:
+            # Whoever is killed by PTRACE_O_EXITKILL is killed a moment after its tracer.
+            harness.wait_until(lambda: state_of(saved.pid) in "XZ", "the end of what was begun")
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(saved.pid, 0)
+            limit += step
+    assert code == 0
     assert limit > 60
     assert verdict(saved) == "ok\n"
 

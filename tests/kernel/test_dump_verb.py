@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from kernel_harness import NEEDS_KTHREADD, Dying, layout, wait_until
+from kernel_harness import NEEDS_KTHREADD, layout, wait_until
+from process_harness import Dying
 
 from lazyd.target import tracing
 

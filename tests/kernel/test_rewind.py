@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from kernel_harness import STRESS, wait_until
+from process_harness import Dying
 
 import lazyd.daemon
 import lazyd.restore.rewind  # noqa: F401  what is forked has it already
@@ -203,21 +204,12 @@ def test_a_real_program(start_script):
 
 # ---- lazyd is killed ----
 
-DYING = """
-import itertools, os, signal, sys
-limit = int(sys.argv.pop(1))
+HEAD = """
+from lazyd import cli
+import lazyd.restore.rewind
 from lazyd.target import puppet, remote, tracing
-numbers = itertools.count(1)
-def counted(function):
-    def counting(*arguments):
-        if next(numbers) > limit:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments)
-    return counting
 puppet.request = remote.request = tracing.request = counted(tracing.request)
 os.pwrite = counted(os.pwrite)
-from lazyd.cli import main
-sys.exit(main())
 """
 
 
@@ -226,6 +218,7 @@ def test_lazyd_is_killed_in_the_middle(program, tmp_path):
     lived = died = number = 0
     step = max(1, 60 // STRESS)
     victim = None
+    dying = Dying(HEAD, "return cli.main(words)")
     try:
         while True:
             if victim is None:
@@ -235,11 +228,11 @@ def test_lazyd_is_killed_in_the_middle(program, tmp_path):
                 victim.check()
             victim.forget()
             words = ["rewind", "-D", str(victim.images), "--pid", str(victim.pid), "--no-progress"]
-            run = subprocess.run([sys.executable, "-c", DYING, str(number * step), *words], check=False)
+            code, _ = dying.run(number * step, *words)
             number += 1
-            if run.returncode == 0:
+            if code == 0:
                 break
-            assert run.returncode == -signal.SIGKILL
+            assert code == -signal.SIGKILL
             # Whoever is killed by PTRACE_O_EXITKILL is killed a moment after its tracer.
             wait_until(
                 lambda victim=victim: (
@@ -266,6 +259,7 @@ def test_lazyd_is_killed_in_the_middle(program, tmp_path):
                 victim = None
         victim.check()
     finally:
+        dying.close()
         if victim is not None:
             victim.close()
     assert lived
