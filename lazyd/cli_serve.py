@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 from lazyd.arguments import Parser, add_telling, log_of
 from lazyd.errors import SystemCallError, UsageError
 from lazyd.image.chain import PARENT_LINK
+from lazyd.tls.settings import add_options, files_of
 
 if TYPE_CHECKING:
     from lazyd.serve.connection import Desk
+    from lazyd.tls.handshake import Endpoint
 
 _USAGE = "lazyd page-server -D DIR --port N [options]   take dumps into a directory, or give out the pages in it"
 _DEFAULT_VERBOSITY = 3
@@ -49,6 +51,7 @@ def _make_parser() -> Parser:
     running.add_argument("-d", "--daemon", action="store_true", help="go into the background once listening")
     running.add_argument("--status-fd", metavar="FD", type=int, help="write one zero byte there once listening")
     add_telling(parser.add_argument_group("telling"), _DEFAULT_VERBOSITY)
+    add_options(parser.add_argument_group("TLS"))
     criu = parser.add_argument_group("taken as criu takes them")
     criu.add_argument("--no-default-config", action="store_true", help="no meaning here: no configuration is read")
     criu.add_argument("-j", "--shell-job", action="store_true", help="no meaning here")
@@ -75,7 +78,8 @@ def run(arguments: Sequence[str]) -> int:
     given = parse(arguments)
 
     from lazyd.daemon import check_outputs  # noqa: PLC0415  users of other verbs do not wait for it
-    from lazyd.serve.connection import Desk, serve_connection  # noqa: PLC0415
+    from lazyd.serve.connection import Desk  # noqa: PLC0415
+    from lazyd.serve.server import serve_client  # noqa: PLC0415
     from lazyd.serve.shelves import Shelves  # noqa: PLC0415
 
     check_outputs(given.status_fd, None)
@@ -92,17 +96,26 @@ def run(arguments: Sequence[str]) -> int:
         _link_parent(images, given.prev_images_dir)
     shelves = Shelves(images, given.pagemap_format) if given.lazy_pages else None
     desk = Desk(log, images, shelves, auto_dedup=given.auto_dedup)
+    endpoint = _endpoint(given)
     pidfile = None if given.pidfile is None else work / given.pidfile
     if connection is None:
-        return _listen(given, desk, pidfile)
-    with connection:
-        serve_connection(connection, f"descriptor {given.ps_socket}", desk)
+        return _listen(given, desk, endpoint, pidfile)
+    serve_client(connection, f"descriptor {given.ps_socket}", desk, endpoint)
     return 0
 
 
-def _listen(given: argparse.Namespace, desk: Desk, pidfile: Path | None) -> int:
+def _endpoint(given: argparse.Namespace) -> Endpoint | None:
+    files = files_of(given)
+    if files is None:
+        return None
+    from lazyd.tls.handshake import Endpoint, Side  # noqa: PLC0415  ssl takes its time
+
+    return Endpoint(files, Side.SERVER)
+
+
+def _listen(given: argparse.Namespace, desk: Desk, endpoint: Endpoint | None, pidfile: Path | None) -> int:
     from lazyd.daemon import Announcement, into_background, leave_terminal  # noqa: PLC0415  see run()
-    from lazyd.serve.server import Server  # noqa: PLC0415
+    from lazyd.serve.server import Server, prepare_process  # noqa: PLC0415
     from lazyd.session.signals import hold_signals, signals_as_bytes  # noqa: PLC0415
     from lazyd.tcp import listen  # noqa: PLC0415
 
@@ -122,8 +135,9 @@ def _listen(given: argparse.Namespace, desk: Desk, pidfile: Path | None) -> int:
             leave_terminal(desk.log)
             os.write(ready, b"\0")
             os.close(ready)
+        prepare_process()
         with signals_as_bytes() as stop:
-            Server(listener, desk).run(stop)
+            Server(listener, desk, endpoint).run(stop)
     desk.log.info("ended by a signal")
     return 0
 

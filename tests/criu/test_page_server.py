@@ -13,6 +13,7 @@ from pathlib import Path
 
 import chains
 import harness
+import pki
 import pytest
 from page_server_harness import running_server
 
@@ -80,10 +81,10 @@ def spoiled(saved: harness.Checkpoint, folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def stock_client(suite: str, images: Path, work: Path, port: int):
+def stock_client(suite: str, images: Path, work: Path, port: int, options: tuple[str, ...] = ()):
     """Run criu lazy-pages on a page server; yield it once it listens."""
     work.mkdir()
-    words = [harness.criu_command(suite), "lazy-pages", "-D", str(images), "-W", str(work), *TO, str(port)]
+    words = [harness.criu_command(suite), "lazy-pages", "-D", str(images), "-W", str(work), *TO, str(port), *options]
     with (work / "daemon.out").open("wb") as out:
         process = subprocess.Popen([*words, "-o", "lazy-pages.log", "-v2"], stdin=subprocess.DEVNULL, stderr=out)
     daemon = harness.Daemon(process, work, work / "daemon.out")
@@ -94,12 +95,12 @@ def stock_client(suite: str, images: Path, work: Path, port: int):
         daemon.stop()
 
 
-def restore_from(saved: harness.Checkpoint, images: Path, work: Path, port: int) -> None:
+def restore_from(saved: harness.Checkpoint, images: Path, work: Path, port: int, options: tuple[str, ...] = ()) -> None:
     """Restore through the stock daemon, which fills from a page server; hold it to what every restore must reach."""
     (saved.state / "result").unlink(missing_ok=True)
     (saved.state / "go").touch()
     try:
-        with stock_client(saved.suite, images, work, port) as daemon:
+        with stock_client(saved.suite, images, work, port, options) as daemon:
             harness.criu_restore(saved.suite, images, work)
             harness.wait_until(lambda: saved.result.endswith("\n"), f"the verdict\n{daemon.report()}")
             assert daemon.wait() == 0, daemon.report()
@@ -118,6 +119,25 @@ def test_the_stock_daemon_fills_from_it(sent, tmp_path):
     said = server.log.read_text()
     assert "Error" not in said
     assert said.count(" answers, ") == 2
+
+
+def test_by_tls(suite, victim, tmp_path):
+    """A stock dump to it; one without a certificate is turned away."""
+    authority = pki.Authority(tmp_path / "pki")
+    (tmp_path / "remote").mkdir()
+    ours, theirs = (authority.sign(name).options(authority) for name in ("server", "client"))
+    with running_server(tmp_path / "remote", tmp_path / "log", "--lazy-pages", *ours) as server:
+        plain = server.connect()
+        plain.ask(4096 * 16, 1, 1)
+        assert plain.is_hung_up_on()
+        command = [str(victim), SCENARIO, str(tmp_path / "state")]
+        saved = harness.checkpoint(suite, command, tmp_path, (*TO, str(server.port), *theirs))
+        for path in (tmp_path / "remote").glob("*.img"):
+            shutil.copy(path, saved.images)
+    assert harness.eager_restore(saved, tmp_path / "work") == "ok\n"
+    errors = [line for line in server.log.read_text().splitlines() if "Error" in line]
+    assert len(errors) == 1
+    assert "TLS" in errors[0]
 
 
 IN_A_WORLD_OF_ITS_OWN = """

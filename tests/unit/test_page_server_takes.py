@@ -6,9 +6,12 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,7 @@ from page_server_harness import (
     running_server,
 )
 
+from lazyd.serve import server as server_module
 from lazyd.serve.connection import Desk
 from lazyd.serve.folder import Folder, Move, clear_up, locked
 from lazyd.serve.shelves import Shelves
@@ -485,3 +489,96 @@ def test_a_socket_that_is_passed(tmp_path):
         assert close(client, FORCE_CLOSE) == 0
     assert process.wait(20) == 0
     assert content(tmp_path)[1] == patterns(0)
+
+
+def test_into_the_background(tmp_path):
+    """As `criu page-server --daemon`: the parent leaves once it listens, which is told in every way asked for."""
+    images, work = tmp_path / "images", tmp_path / "work"
+    images.mkdir()
+    work.mkdir()
+    reading, writing = os.pipe()
+    words = [LAZYD_COMMAND, "page-server", "-D", str(images), "-W", str(work), "--port", "0", "-d", "-o", "log"]
+    words += ["--address", "127.0.0.1", "--pidfile", "pid", "--status-fd", str(writing)]
+    subprocess.run(words, pass_fds=[writing], check=True, timeout=20)
+    os.close(writing)
+    pid = int((work / "pid").read_text())
+    try:
+        assert os.read(reading, 2) == b"\0"
+        assert os.read(reading, 1) == b""  # it has let go of it
+        (port,) = re.findall(r"listening on 127\.0\.0\.1:(\d+)", (work / "log").read_text())
+        with socket.create_connection(("127.0.0.1", int(port))) as connection:
+            client = Client(connection, 24)
+            begin(client)
+            add(client, 0, 1, PRESENT)
+            assert close(client) == 0
+        assert content(images)[1] == patterns(0)
+        assert {Path(f"/proc/{pid}/fd/{number}").readlink() for number in range(3)} == {Path("/dev/null")}
+    finally:
+        os.close(reading)
+        os.kill(pid, signal.SIGTERM)
+    end = time.monotonic() + 20
+    while "ended by a signal" not in (work / "log").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def memory_kib(pid: int) -> int:
+    """How much memory a process has to itself."""
+    return int(re.findall(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[0])
+
+
+def test_floods_grow_nothing(tmp_path):
+    """Questions that nobody reads the answers of, connections without a word, images opened again and again."""
+    images = tmp_path / "images"
+    build_checkpoint(images, [Task(PID, [Entry(BASE, 64)])])
+    with running_server(images, tmp_path / "log", "--lazy-pages") as server, contextlib.ExitStack() as stack:
+        other = server.connect()
+        other.ask(BASE, 1, PID)
+        assert other.answer().data == patterns(0)
+        before = memory_kib(server.process.pid)
+        for number in range(40):
+            client = server.connect(24)
+            stack.enter_context(client.socket)
+            client.socket.settimeout(0)
+            flood = {
+                0: client.encode(7, BASE, 64, PID),
+                1: b"",
+                2: client.encode(OPEN2, destination=TASK),
+                3: client.encode(ADD_F | PARENT << 16, BASE, 1, TASK) + client.encode(OPEN, destination=TASK),
+            }[number % 4]
+            with contextlib.suppress(BlockingIOError):
+                for _ in range(40):
+                    client.socket.sendall(flood * 500)
+        for page in range(64):
+            other.ask(BASE + page * PAGE, 1, PID)
+            assert other.answer().data == patterns(page)
+        # A thread and a buffer each, and no more.
+        assert memory_kib(server.process.pid) - before < 40 * 600
+    assert sorted(path.name for path in images.iterdir() if path.name.startswith((".", "pages-"))) == ["pages-1.img"]
+
+
+def test_more_clients_than_there_is_room_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "CLIENTS_MAX", 3)
+    log = Lines()
+    reading, writing = os.pipe()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = server_module.Server(listener, Desk(log, tmp_path))
+        thread = threading.Thread(target=server.run, args=(reading,))
+        thread.start()
+        clients = [Client(socket.create_connection(listener.getsockname()), 24) for _ in range(6)]
+        for client in clients[3:]:
+            assert client.is_hung_up_on()
+        assert close(clients[0]) == 0
+        clients[0].is_hung_up_on()
+        again = socket.create_connection(listener.getsockname())
+        begin(Client(again, 24))
+        os.write(writing, b"x")
+        thread.join(20)
+        assert not thread.is_alive()
+    for client in (*clients, Client(again, 24)):
+        client.socket.close()
+    os.close(reading)
+    os.close(writing)
+    refused = [line for line in log.lines if "3 clients are here already" in line]
+    assert len(refused) == 1
+    assert listing(tmp_path) == {}
