@@ -64,6 +64,8 @@ class PageServer(Destination):
         peer = f"{address}:{port}"
         try:
             connection = socket.create_connection((address, port), timeout_s)
+        except socket.gaierror as error:
+            raise DumpError(f"{address}: no such host: {(error.strerror or '').lower()} (--address)") from error
         except OSError as error:
             raise SystemCallError("connect", error.errno or 0, path=peer, hint="is the page server up?") from error
         return cls(connection, peer, form, header=header, timeout_s=timeout_s)
