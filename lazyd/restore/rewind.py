@@ -47,6 +47,7 @@ from lazyd.restore.live import (
 )
 from lazyd.restore.memory import Memory, Opened
 from lazyd.restore.plan import REGULAR, Plan
+from lazyd.restore.task import check_values
 from lazyd.restore.vma import Area
 from lazyd.restore.vma import Kind as AreaKind
 from lazyd.target import Attached
@@ -93,6 +94,7 @@ class Rewound(Unreleased):
         self._slice_bytes = _SLICE_BYTES
         check_before(plan, plan.pid)
         memories.check_vdso(plan, memory)
+        check_values(plan)
         self._program = _program(plan.pid)
         self._began = time.monotonic()
         with StoppedTask(plan.pid) as stopped:
