@@ -17,7 +17,7 @@ import pytest
 from page_server_harness import LAZYD_COMMAND, running_server
 
 # It moves its memory about while it is filled, and is small.
-SCENARIO = "remap"
+SCENARIO = "dontunmap"
 TO = ("--page-server", "--address", "127.0.0.1", "--port")
 
 
@@ -249,7 +249,7 @@ def test_lazyd_sends_to_it(suite, victim, tmp_path):
     """lazyd dump to lazyd's page server; the stock daemon fills from what arrived."""
     images, remote, state = tmp_path / "images", tmp_path / "remote", tmp_path / "state"
     remote.mkdir()
-    pid = harness.start_program([str(victim), "plain", str(state)], state)
+    pid = harness.start_program([str(victim), SCENARIO, str(state)], state)
     try:
         with running_server(remote, tmp_path / "log", "--lazy-pages") as server:
             header = {"trixie": "24", "sid": "32"}[suite]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
@@ -133,6 +134,17 @@ def test_several_tasks_over_one_connection(tmp_path):
     assert "asks for task 9: " in lines[0]
     assert "pagemap-9.img: missing: nothing is known of this task" in lines[0]
     assert lines[1] == f"client: asks for the page at {BASE + 9 * PAGE:#x} of task 9, which is not here"
+
+
+def test_somebody_who_asks_for_all_tasks(simple):
+    desk = desk_for(simple[0])
+    with connected(desk, 24) as client:
+        with contextlib.suppress(BrokenPipeError):
+            for pid in range(1000, 1200):
+                client.ask(BASE, 1, pid, LAZYD)
+        assert client.is_hung_up_on()
+    assert len(desk.log.lines) == 64 + 1 + 2  # the first page that is not here, and the summary
+    assert "client: asks for more than 64 tasks of which nothing is here" in desk.log.lines
 
 
 def identity(images, pid: int = PID) -> int:
