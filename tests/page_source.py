@@ -89,18 +89,18 @@ class PageSource:
 
     def __init__(self, answers: Answers, log: Path) -> None:
         self.log = log
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.port = listener.getsockname()[1]
         log.touch()
         self.pid = os.fork()
         if self.pid == 0:
             try:
                 signal.setitimer(signal.ITIMER_REAL, 0)  # pytest-timeout's
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                _Server(answers, self._listener, log).run()
+                _Server(answers, listener, log).run()
             finally:
                 os._exit(1)
-        self._listener.close()
+        listener.close()
 
     @property
     def words(self) -> list[str]:
@@ -123,6 +123,13 @@ class PageSource:
             assert time.monotonic() < end, f"waited for {line!r}; the source has seen {self.lines()[-5:]}"
             time.sleep(0.002)
 
+    def wait_for_end(self, seconds: float = 30.0) -> None:
+        """Wait until the last connection has ended."""
+        end = time.monotonic() + seconds
+        while self.lines()[-1] not in ("eof", "broken", "garbage"):
+            assert time.monotonic() < end, f"waited for an end; the source has seen {self.lines()[-5:]}"
+            time.sleep(0.002)
+
     def close(self) -> None:
         """End it."""
         if self.pid:
@@ -140,7 +147,10 @@ class _Server:
     def run(self) -> None:
         number = 0
         while True:
-            connection, _ = self._listener.accept()
+            connection, (address, _) = self._listener.accept()
+            # As a stock source, which has one connection for its life, and lets nobody else in.
+            port = self._listener.getsockname()[1]
+            self._listener.close()
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._log.write("connect\n")
             with connection:
@@ -150,6 +160,7 @@ class _Server:
                     self._log.write(self._serve(connection) + "\n")
                 except OSError:
                     self._log.write("broken\n")
+            self._listener = socket.create_server((address, port))
 
     def _serve(self, connection: socket.socket) -> str:
         buffer = b""

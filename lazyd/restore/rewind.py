@@ -17,12 +17,15 @@ Facts, and what follows:
   file has to be opened with the rights that the task has left. Whether it is locked, not inherited or not dumped
   (mlock, MADV_DONTFORK, MADV_DONTDUMP) is put back; that it shall have huge pages or none stays, because nothing
   takes that advice back.
+- A task that was stopped (SIGSTOP) stays so when its tracer lets it go. Whether it is to be is the checkpoint's
+  business: the stop is ended first.
 - A thread that is made again needs its id (clone3, set_tid), and so a task that may choose ids.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -100,9 +103,13 @@ class Rewound(Unreleased):
             check_rights(plan, staying, len(descriptors))
             ranges = [(one.start, one.end) for one in live] + [(area.start, area.end) for area in plan.vmas]
             workshop = find_workshop(ranges)
+            was_stopped = bool(stopped.leader.stop_signal)
             self._puppet = Puppet.take_over(stopped, workshop)
             ranges.append((workshop, workshop + WORKSHOP_BYTES))
             try:
+                if was_stopped:
+                    # Its signals are blocked: the stop ends, and SIGCONT is forgotten with all that is pending.
+                    os.kill(plan.pid, signal.SIGCONT)
                 self._rewind(self._puppet, staying, live, ranges, timers)
             except BaseException as error:
                 self.close()

@@ -350,8 +350,7 @@ class Session:
                         callback()
                     self._look_for_keeper()
                     if self._remote is not None:
-                        self._remote.learn()
-                        self._report_loss(self._remote.retry())
+                        self._report_loss(self._remote.look())
                     self._progress.update(self._engine.totals)
             except BaseException as error:
                 # Whatever it is: closing the engine now would let the tasks read zeros.

@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import harness
@@ -27,41 +25,6 @@ HOW = pytest.mark.parametrize("how", ["lazy", "eager"])
 WHOSE = pytest.mark.parametrize("whose", ["lazyd", *harness.SUITES])
 PYTHON_COMMAND = "/usr/bin/python3" if Path("/usr/bin/python3").exists() else os.path.realpath(sys.executable)
 STRESS = max(1, int(os.environ.get("LAZYD_STRESS", "1")))
-
-
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory):
-    """Return a function that compiles a victim once."""
-    folder = tmp_path_factory.mktemp("programs")
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = harness.compile_c(harness.ROOT / "tests/victims" / f"{name}.c", folder / name)
-        return str(made[name])
-
-    return get
-
-
-@pytest.fixture
-def start(tmp_path):
-    """Start programs that are gone when the test is over."""
-    pids, states = [], []
-
-    def start(*command):
-        # Not below pytest's own folder, which another pytest may close to all but root at any moment.
-        state = Path(tempfile.mkdtemp(prefix="lazyd-test-"))
-        state.chmod(0o777)
-        states.append(state)
-        pid = harness.start_program([word.replace("STATE", str(state)) for word in command], state)
-        pids.append(pid)
-        return harness.Checkpoint("", pid, tmp_path / "images", state)
-
-    yield start
-    for pid in pids:
-        harness.reap_group(pid)
-    for state in states:
-        shutil.rmtree(state, ignore_errors=True)
 
 
 def dump(saved, whose):

@@ -206,6 +206,10 @@ class Skeleton:
         """Its pid."""
         return self._process.pid
 
+    def is_running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
     def go_on(self) -> None:
         """Let it past an await."""
         assert self._process.stdin is not None

@@ -139,6 +139,7 @@ os.mkfifo("fifo"); fifo = os.open("fifo", os.O_RDWR)
 locked = open("locked", "w"); fcntl.flock(locked, fcntl.LOCK_EX)
 owned = open("owned", "w"); fcntl.fcntl(owned, fcntl.F_SETOWN, os.getpid())
 path = os.open("/", os.O_PATH)
+own = open("/proc/self/status")
 strange = open(b"strange \xff", "w")
 os.mkdir("covered")
 covered = open("covered/file", "w")
@@ -180,6 +181,7 @@ WORDS = [
     "a file lock",
     "F_SETOWN",
     "O_PATH",
+    "a file about a process",
     "a device",
     "System V shared memory",
     "asynchronous I/O",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from process_harness import Dying
 
 import lazyd.daemon
 import lazyd.restore.rewind  # noqa: F401  what is forked has it already
-from lazyd.target.tracing import status_fields, thread_ids
+from lazyd.target.tracing import state_of, status_fields, thread_ids
 
 SOURCE = Path(__file__).parent.parent / "victims/rewound.c"
 PYTHON = "/usr/bin/python3" if Path("/usr/bin/python3").exists() else os.path.realpath(sys.executable)
@@ -51,7 +52,8 @@ class Victim:
             raise
 
     def dump(self):
-        """Write its checkpoint; it goes on."""
+        """Write its checkpoint, over an older one; it goes on."""
+        shutil.rmtree(self.images, ignore_errors=True)
         words = ["dump", "--pid", str(self.pid), "-D", str(self.images), "-R"]
         run = subprocess.run([*LAZYD, *words], capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr
@@ -148,6 +150,27 @@ def test_while_its_old_memory_is_freed(start):
     assert victim.rewind()[0] == 0
     victim.check()  # nothing of what was moved aside is left
     assert int(status_fields(victim.pid)["VmSize"].split()[0]) < 64 * 1024 * 3
+
+
+@pytest.mark.parametrize("then", ["ran", "stopped"])
+@pytest.mark.parametrize("now", ["runs", "stopped"])
+def test_it_runs_or_is_stopped_as_it_was(start, then, now):
+    victim = start()
+    if then == "stopped":
+        os.kill(victim.pid, signal.SIGSTOP)
+        wait_until(lambda: state_of(victim.pid) == "T", "the stop")
+        victim.dump()
+        os.kill(victim.pid, signal.SIGCONT)
+    victim.check()
+    victim.forget()
+    if now == "stopped":
+        os.kill(victim.pid, signal.SIGSTOP)
+        wait_until(lambda: all(state_of(tid) == "T" for tid in thread_ids(victim.pid)), "the stop")
+    code, said = victim.rewind()
+    assert code == 0, said
+    assert (state_of(victim.pid) == "T") is (then == "stopped")
+    os.kill(victim.pid, signal.SIGCONT)
+    victim.check()
 
 
 PROGRAM = """
