@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ import chains
 import harness
 import pki
 import pytest
-from page_server_harness import LAZYD_COMMAND, running_server
+from page_server_harness import LAZYD_COMMAND, running_server, start_server
 
 # It moves its memory about while it is filled, and is small.
 SCENARIO = "dontunmap"
@@ -149,6 +150,34 @@ def test_lazyd_fills_from_it(sent, tmp_path):
     said = server.log.read_text()
     assert "Error" not in said
     assert said.count(" answers, ") == 1
+
+
+@pytest.mark.parametrize("suite", ["sid"], indirect=True)  # of the server it asks the same with either
+def test_lazyd_goes_on_when_its_server_was_killed(suite, sent, tmp_path):
+    """The server stands still when the program wants its memory, and is killed; another one takes its place."""
+    saved, _ = sent
+    images = without_lazy_pages(saved, tmp_path / "images")
+    first = start_server(saved.images, tmp_path / "first", "--lazy-pages")
+    for name in ("result", "go"):
+        (saved.state / name).unlink(missing_ok=True)
+    try:
+        with client(LAZYD_COMMAND, images, tmp_path / "work", first.port, ("--fill", "off")) as daemon:
+            harness.criu_restore(suite, images, tmp_path / "work")
+            first.process.send_signal(signal.SIGSTOP)
+            (saved.state / "go").touch()
+            time.sleep(0.3)
+            first.process.kill()
+            first.process.wait()
+            assert saved.result == ""
+            with running_server(saved.images, tmp_path / "second", "--lazy-pages", port=first.port) as second:
+                harness.wait_until(lambda: saved.result.endswith("\n"), f"the verdict\n{daemon.report()}")
+                assert daemon.wait() == 0, daemon.report()
+        assert saved.result == "ok\n"
+        assert " answers, " in second.log.read_text()
+    finally:
+        first.process.kill()
+        first.process.wait()
+        harness.reap_group(saved.pid)
 
 
 def test_by_tls(suite, victim, tmp_path):
