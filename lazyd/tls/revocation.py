@@ -13,9 +13,9 @@ import binascii
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from lazyd.errors import TlsError
+from lazyd.tuples import NamedTuple
 
 _SEQUENCE, _INTEGER, _UTC_TIME, _GENERALIZED_TIME, _VERSION_TAG = 0x30, 0x02, 0x17, 0x18, 0xA0
 _LIST = re.compile(rb"-----BEGIN X509 CRL-----(.+?)-----END X509 CRL-----", re.DOTALL)

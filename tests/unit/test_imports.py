@@ -35,6 +35,7 @@ ACROSS = {
     ("keeper", "uffd"),
     ("report", "uffd"),
     ("restore", "target"),
+    ("tls", "wire"),
     ("units", "errors"),
 }
 ONLY_IMPORTERS = {
