@@ -46,12 +46,11 @@ struct lz_task {
 	 */
 	uint32_t ask_region, ask_generation;
 	uint64_t ask_page;
-	uint64_t landed_start, landed_end; /* of the landing: installed, and not given back yet */
-	uint32_t help_done;                /* its half is full: it goes on where the worker does */
-	uint32_t jobs;                     /* of it that the helper has */
-	uint32_t scatter;                  /* how random its faults have been of late: up to SCATTER_MOST */
-	uint32_t in_stream;                /* its last fault was one of a stream */
-	uint32_t backoff_ns;               /* next wait after an EAGAIN */
+	uint32_t help_done;  /* its half is full: it goes on where the worker does */
+	uint32_t jobs;       /* of it that the helper has */
+	uint32_t scatter;    /* how random its faults have been of late: up to SCATTER_MOST */
+	uint32_t in_stream;  /* its last fault was one of a stream */
+	uint32_t backoff_ns; /* next wait after an EAGAIN */
 	uint64_t image_pages;
 	uint64_t left_pages;                  /* atomic for readers */
 	uint64_t last_fault;                  /* run address */

@@ -18,9 +18,9 @@
 #define RATE_BURST_BYTES (1U << 20)
 #define ASK_PAGES 256U       /* of a page server in one request, while nobody faults; large ones are served faster */
 #define ASK_ACTIVE_PAGES 32U /* and while somebody does: a fault waits behind the rest of one */
-#define ASK_AHEAD_BYTES (256ULL << 20) /* no more than this may have arrived and not be installed */
-#define REMOTE_ACTIVE_NS 20000000U     /* faults that wait for a page server are further apart */
-#define AHEAD_BYTES (4ULL << 20)       /* read in one request, and this far before the fill needs it */
+#define ASK_AHEAD_BYTES (32ULL << 20) /* no more than this may have arrived and not be installed */
+#define REMOTE_ACTIVE_NS 20000000U    /* faults that wait for a page server are further apart */
+#define AHEAD_BYTES (4ULL << 20)      /* read in one request, and this far before the fill needs it */
 
 /* Whether a task has left its layout alone for a while, since it runs. */
 static bool is_quiet(const struct lz_worker *worker, const struct lz_task *task, uint64_t now)
@@ -79,6 +79,8 @@ static void hand_back(struct lz_worker *worker, struct lz_task *task, uint32_t n
 		(void)lz_space_unmap(arena, &task->space, start, end); /* ends at region ends: nothing is cut */
 	lz_events_end_change(task, 0);
 	task->fill_region = 0;
+	task->ask_region = 0;
+	task->ask_page = 0;
 }
 
 /*
@@ -331,13 +333,13 @@ static void ask_for_fill(struct lz_worker *worker, struct lz_task *task, bool is
 
 	if (task->near)
 		ask_near(worker, task, NEAR_PAGES, is_active);
-	if (task->ask_generation != generation) {
+	if (lz_fill_next(worker, task, 1, &run, &number) && run.kind == LZ_KIND_REMOTE)
+		first = run.offset;
+	if (task->ask_generation != generation || (first != UINT64_MAX && !lz_remote_is_asked(remote, first))) {
 		task->ask_generation = generation;
 		task->ask_region = 0;
 		task->ask_page = 0;
 	}
-	if (lz_fill_next(worker, task, 1, &run, &number) && run.kind == LZ_KIND_REMOTE)
-		first = run.offset;
 	while (task->ask_region < task->space.regions && lz_remote_room(remote, is_active) >= LZ_PAGE_SIZE) {
 		const struct lz_region *region = lz_space_region(arena, &task->space, task->ask_region);
 		uint64_t page = task->ask_page > region->fill_page ? task->ask_page : region->fill_page, dealt;

@@ -16,7 +16,6 @@
  */
 #define CHECKED_NS 10000U
 #define FILL_CHECKED_NS 500000U
-#define RELEASE_BYTES (2ULL << 20)
 
 /* How many bytes of a pages image, from its start, are still what they were when it was loaded. */
 static uint64_t source_bytes(struct lz_worker *worker, uint16_t number)
@@ -144,18 +143,12 @@ static int64_t give_up_pages(struct lz_worker *worker, struct lz_task *task, uin
 	return (int64_t)PAGES(done);
 }
 
-/* Give back, in large pieces, the landing's memory of what is installed and no fork of the task can want. */
-static void note_landed(struct lz_worker *worker, struct lz_task *task, uint64_t offset, uint64_t bytes,
-			enum lz_cause cause)
+/* What is installed of a page server's pages is of no use any more, unless a fork of the task may want it. */
+static void release_landed(struct lz_worker *worker, const struct lz_task *task, const struct lz_source *source,
+			   uint64_t offset, uint64_t bytes)
 {
-	if (cause != LZ_BY_FILL || !lz_space_is_alone(worker->engine->arena, &task->space))
-		return;
-	if (offset != task->landed_end || task->landed_end - task->landed_start >= RELEASE_BYTES) {
-		if (task->landed_end > task->landed_start)
-			lz_remote_release(&worker->engine->remote, task->landed_start, task->landed_end);
-		task->landed_start = offset;
-	}
-	task->landed_end = offset + bytes;
+	if (source->is_landing && lz_space_is_alone(worker->engine->arena, &task->space))
+		lz_remote_release(&worker->engine->remote, offset, offset + bytes);
 }
 
 /*
@@ -180,6 +173,7 @@ int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct 
 	}
 	while (left) {
 		uint64_t pages = left < most ? left : most, done;
+		const uint8_t *bytes = source->map + offset;
 		int result;
 
 		if (!readable) {
@@ -207,9 +201,10 @@ int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct 
 				continue;
 			}
 			pages = good;
+			bytes = lz_remote_bytes(&worker->engine->remote, offset, &pages);
 		}
 		LZ_POINT("before-copy", start);
-		result = lz_uffd_copy(task->uffd, start, source->map + offset, BYTES(pages), &done);
+		result = lz_uffd_copy(task->uffd, start, bytes, BYTES(pages), &done);
 		if (done) {
 			LZ_POINT("after-copy", start);
 			lz_task_settle(task);
@@ -217,9 +212,8 @@ int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct 
 			lz_forget_left(task, PAGES(done));
 			lz_count(cause == LZ_BY_FAULT ? &counters->fault_copied_pages : &counters->fill_copied_pages,
 				 PAGES(done));
-			if (source->is_landing)
-				note_landed(worker, task, offset, done, cause);
-			else if (!lz_source_holds(worker, LZ_FOR_WORKER, run->source, offset + done))
+			release_landed(worker, task, source, offset, done);
+			if (!lz_source_holds(worker, LZ_FOR_WORKER, run->source, offset + done))
 				lz_notify(worker, (struct lz_notice){ .kind = LZ_NOTICE_SUSPECT,
 								      .task = task->number,
 								      .address = start,
@@ -237,6 +231,7 @@ int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct 
 			lz_task_settle(task);
 			mark_present(worker, task, start, 1);
 			lz_forget_left(task, 1);
+			release_landed(worker, task, source, offset, LZ_PAGE_SIZE);
 			lz_count(&counters->present_pages, 1);
 			lz_uffd_wake(task->uffd, start, LZ_PAGE_SIZE);
 			break;

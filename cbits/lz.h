@@ -651,4 +651,80 @@ int lz_stream_pages(int pid, int in, const struct lz_page_pipe *pipe, int out, c
 		    struct lz_copy_state *state);
 /* cffi: end */
 
+/* cffi: server */
+/* What a page server can send of one task: its flat table, and the pages images by source. All stay the caller's. */
+struct lz_shelf {
+	uint64_t pid;
+	const struct lz_extent *rows;
+	uint64_t count;
+	const int *fds;
+};
+
+struct lz_page_pipe;
+
+/* Why lz_peer_run() has returned. */
+enum lz_peer_event {
+	LZ_PEER_ENDED = 0,      /* the client hung up between two messages */
+	LZ_PEER_MESSAGE = 1,    /* head is a message that the caller has to answer, or to refuse */
+	LZ_PEER_MISSING = 2,    /* pages that are not here were asked for: told once, and answered */
+	LZ_PEER_UNREADABLE = 3, /* a pages image ended in the middle of an answer, or failed (code): hang up */
+	LZ_PEER_UNWRITTEN = 4,  /* what arrives cannot be kept (code): told once, the rest is read and dropped */
+	LZ_PEER_STALLED =
+		5, /* nothing could be sent, or came of a message that has begun, for a timeout of the socket */
+	LZ_PEER_UNSORTED = 6, /* head is an entry that does not lie behind the one before */
+	LZ_PEER_CROWDED = 7,  /* head is one entry more than an image may have */
+};
+
+/*
+ * One connected client of a page server, and what is on its way. Start with a zeroed one but for fd and header_bytes.
+ * fd is a blocking stream socket; its timeouts (SO_RCVTIMEO, SO_SNDTIMEO) say what a stall is.
+ */
+struct lz_peer {
+	int32_t fd;
+	uint32_t header_bytes; /* 24 or 32 */
+	uint8_t head[32];      /* the message that is worked on, as it came */
+	uint32_t retry;        /* set by the caller: head is to be looked at again, things have changed */
+	int32_t code;          /* errno of LZ_PEER_UNREADABLE (0: it ended) and LZ_PEER_UNWRITTEN */
+	uint64_t address;      /* of LZ_PEER_MISSING, LZ_PEER_UNREADABLE and LZ_PEER_UNSORTED */
+	uint64_t task;         /* of the first two */
+
+	const struct lz_shelf **shelves; /* set by the caller: the tasks whose GETs are answered here */
+	uint64_t shelf_count;
+
+	struct lz_page_pipe *pipe; /* set by the caller: the image that entries belong to; NULL: none is open */
+	uint64_t image;            /* its id in messages */
+	int32_t out;               /* its pages image */
+	int32_t broken;            /* set by anyone: keep nothing of what arrives; the errno */
+	uint64_t written_bytes;    /* how much of the pages image is there; reset by the caller */
+
+	/* Since the start. */
+	uint64_t answers;
+	uint64_t sent_bytes; /* of pages */
+	uint64_t zero_bytes; /* of pages, said to be zeros or sent as such */
+	uint64_t missing_answers;
+	uint64_t received_bytes; /* of pages, kept or not */
+
+	/* Of no meaning outside. */
+	uint8_t *input;
+	uint32_t input_at, input_end;
+	uint32_t head_filled; /* of a message that is not complete yet */
+	uint32_t is_corked;
+	uint64_t data_left; /* of an entry, to come */
+	const struct lz_shelf *reply_shelf;
+	uint64_t reply_row, reply_at, reply_left; /* bytes of pages of an answer, to be sent */
+	uint32_t reply_head_at, reply_head_left;
+	uint8_t reply_head[32];
+};
+
+/*
+ * Read what the client sends; answer GETs of tasks that have a shelf, and take entries of the open image; until there
+ * is something for the caller: enum lz_peer_event. Goes on where it was when called again. Or -errno of the socket;
+ * -ENODATA: the client hung up in the middle of a message; -ENOMEM.
+ */
+int lz_peer_run(struct lz_peer *peer);
+/* Read the first `bytes` of the next message into head, where they stay for lz_peer_run(). As lz_peer_run(). */
+int lz_peer_peek(struct lz_peer *peer, uint32_t bytes);
+void lz_peer_free(struct lz_peer *peer);
+/* cffi: end */
+
 #endif

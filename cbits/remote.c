@@ -18,8 +18,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define LANDING_BYTES (1ULL << 40)
-#define LANDING_PAGES (LANDING_BYTES >> LZ_PAGE_SHIFT)
+#define REMOTE_BYTES (1ULL << 40) /* the most there can be, and the landing's size: sparse, and as good as free */
+#define REMOTE_PAGES (REMOTE_BYTES >> LZ_PAGE_SHIFT)
 #define RECEIVE_BYTES (256U << 10)
 #define BURSTS 16U           /* received before the socket's other side is looked at again */
 #define URGENT_REQUESTS 256U /* of the ring, kept for faults */
@@ -79,6 +79,34 @@ static uint64_t bits_run(const struct lz_remote *remote, uint64_t bits, uint64_t
 		done += 64 - at;
 	}
 	return done < most ? done : most;
+}
+
+static uint32_t *places_of(const struct lz_remote *remote)
+{
+	return LZ_AT(remote->engine->arena, uint32_t, remote->link->places);
+}
+
+/* Find a place for pages in a row, and use it; under the lock. */
+static uint32_t take_place(struct lz_remote *remote, uint64_t page, uint64_t pages)
+{
+	struct lz_link *link = remote->link;
+	uint64_t place = 0;
+
+	while (place < link->used_end) {
+		uint64_t room;
+
+		place += bits_run(remote, link->used_bits, place, link->used_end - place, true);
+		room = bits_run(remote, link->used_bits, place, link->used_end - place, false);
+		if (room >= pages || place + room == link->used_end)
+			break;
+		place += room;
+	}
+	if (place + pages > link->used_end)
+		link->used_end = place + pages;
+	bits_change(remote, link->used_bits, place, pages, true);
+	for (uint64_t i = 0; i < pages; i++)
+		places_of(remote)[page + i] = (uint32_t)(place + i);
+	return (uint32_t)place;
 }
 
 static struct lz_request *request_at(struct lz_link *link, uint64_t number)
@@ -150,10 +178,10 @@ int lz_engine_add_remote(struct lz_engine *engine, int fd, uint32_t header_bytes
 	if (remote->wake < 0)
 		return -errno;
 	remote->landing_fd = memfd_create("lazyd-landing", MFD_CLOEXEC);
-	if (remote->landing_fd < 0 || ftruncate(remote->landing_fd, (off_t)LANDING_BYTES) < 0)
+	if (remote->landing_fd < 0 || ftruncate(remote->landing_fd, (off_t)REMOTE_BYTES) < 0)
 		return -errno;
 	remote->landing =
-		mmap(NULL, LANDING_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, remote->landing_fd, 0);
+		mmap(NULL, REMOTE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, remote->landing_fd, 0);
 	if (remote->landing == MAP_FAILED) {
 		remote->landing = NULL;
 		return -errno;
@@ -163,10 +191,13 @@ int lz_engine_add_remote(struct lz_engine *engine, int fd, uint32_t header_bytes
 		return -ENOMEM;
 	remote->link = LZ_AT(engine->arena, struct lz_link, offset);
 	remote->link->fd = -1;
-	remote->link->asked_bits = lz_arena_alloc(engine->arena, LANDING_PAGES / 8);
-	remote->link->arrived_bits = lz_arena_alloc(engine->arena, LANDING_PAGES / 8);
-	remote->link->lost_bits = lz_arena_alloc(engine->arena, LANDING_PAGES / 8);
-	if (!remote->link->asked_bits || !remote->link->arrived_bits || !remote->link->lost_bits)
+	remote->link->asked_bits = lz_arena_alloc(engine->arena, REMOTE_PAGES / 8);
+	remote->link->arrived_bits = lz_arena_alloc(engine->arena, REMOTE_PAGES / 8);
+	remote->link->lost_bits = lz_arena_alloc(engine->arena, REMOTE_PAGES / 8);
+	remote->link->used_bits = lz_arena_alloc(engine->arena, REMOTE_PAGES / 8);
+	remote->link->places = lz_arena_alloc(engine->arena, REMOTE_PAGES * sizeof(uint32_t));
+	if (!remote->link->asked_bits || !remote->link->arrived_bits || !remote->link->lost_bits ||
+	    !remote->link->used_bits || !remote->link->places)
 		return -ENOMEM;
 	result = begin_link(remote, fd, header_bytes);
 	if (result < 0)
@@ -175,7 +206,7 @@ int lz_engine_add_remote(struct lz_engine *engine, int fd, uint32_t header_bytes
 	engine->source[remote->source] = (struct lz_source){
 		.fd = -1,
 		.map = remote->landing,
-		.size = LANDING_BYTES,
+		.size = REMOTE_BYTES,
 		.is_landing = true,
 	};
 	return (int)remote->source;
@@ -190,11 +221,11 @@ int lz_remote_place(struct lz_remote *remote, struct lz_extent *rows, uint64_t c
 			continue;
 		if (!remote->link)
 			return -ENXIO;
-		if (bytes > LANDING_BYTES - remote->link->landing_bytes)
+		if (bytes > REMOTE_BYTES - remote->link->remote_bytes)
 			return -ENOSPC;
 		rows[i].source = (uint16_t)remote->source;
-		rows[i].offset = remote->link->landing_bytes;
-		remote->link->landing_bytes += bytes;
+		rows[i].offset = remote->link->remote_bytes;
+		remote->link->remote_bytes += bytes;
 	}
 	return 0;
 }
@@ -276,6 +307,7 @@ uint32_t lz_remote_ask(struct lz_remote *remote, const struct lz_worker *worker,
 	const uint64_t page = offset >> LZ_PAGE_SHIFT;
 	const uint32_t most = urgent ? LZ_REQUESTS : LZ_REQUESTS - URGENT_REQUESTS;
 	uint64_t known, wanted;
+	uint32_t place;
 	bool unsent;
 
 	pthread_mutex_lock(&remote->lock);
@@ -285,6 +317,7 @@ uint32_t lz_remote_ask(struct lz_remote *remote, const struct lz_worker *worker,
 		pthread_mutex_unlock(&remote->lock);
 		return (uint32_t)known;
 	}
+	place = take_place(remote, page + known, wanted);
 	*request_at(link, link->asked) = (struct lz_request){
 		.address = address + (known << LZ_PAGE_SHIFT),
 		.offset = offset + (known << LZ_PAGE_SHIFT),
@@ -292,6 +325,7 @@ uint32_t lz_remote_ask(struct lz_remote *remote, const struct lz_worker *worker,
 		.pages = (uint32_t)wanted,
 		.pid = pid,
 		.worker = worker->number,
+		.place = place,
 	};
 	if (link->asked == link->answered)
 		request_at(link, link->asked)->answer_start = link->received_bytes;
@@ -320,6 +354,11 @@ uint64_t lz_remote_good(const struct lz_remote *remote, uint64_t offset, uint64_
 	return bits_run(remote, remote->link->lost_bits, offset >> LZ_PAGE_SHIFT, pages, false);
 }
 
+bool lz_remote_is_asked(const struct lz_remote *remote, uint64_t offset)
+{
+	return bit_is(remote, remote->link->asked_bits, offset >> LZ_PAGE_SHIFT);
+}
+
 bool lz_remote_is_due(const struct lz_remote *remote, uint64_t offset)
 {
 	const struct lz_link *link = remote->link;
@@ -345,15 +384,33 @@ uint64_t lz_remote_room(const struct lz_remote *remote, bool is_active)
 	return window > in_flight ? window - in_flight : 0;
 }
 
+const uint8_t *lz_remote_bytes(const struct lz_remote *remote, uint64_t offset, uint64_t *pages)
+{
+	const uint32_t *places = places_of(remote) + (offset >> LZ_PAGE_SHIFT);
+	uint64_t together = 1;
+
+	while (together < *pages && places[together] == places[0] + together)
+		together++;
+	*pages = together;
+	return remote->landing + ((uint64_t)places[0] << LZ_PAGE_SHIFT);
+}
+
 void lz_remote_release(struct lz_remote *remote, uint64_t start, uint64_t end)
 {
 	const uint64_t page = start >> LZ_PAGE_SHIFT, pages = (end - start) >> LZ_PAGE_SHIFT;
 
-	/* First: whoever should want them after all asks again, and gets no zeros. */
+	/* First: whoever should want them after all asks again, and gets nobody else's bytes. */
 	bits_change(remote, remote->link->arrived_bits, page, pages, false);
 	bits_change(remote, remote->link->asked_bits, page, pages, false);
-	(void)fallocate(remote->landing_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)start,
-			(off_t)(end - start)); /* what stays costs memory, no more */
+	for (uint64_t done = 0; done < pages;) {
+		uint64_t together = pages - done;
+		uint64_t place = (uint64_t)(lz_remote_bytes(remote, start + (done << LZ_PAGE_SHIFT), &together) -
+					    remote->landing) >>
+				 LZ_PAGE_SHIFT;
+
+		bits_change(remote, remote->link->used_bits, place, together, false);
+		done += together;
+	}
 }
 
 /* Answers */
@@ -363,6 +420,7 @@ static void forget_pages(struct lz_remote *remote, const struct lz_request *requ
 {
 	bits_change(remote, remote->link->asked_bits, (request->offset >> LZ_PAGE_SHIFT) + from, request->pages - from,
 		    false);
+	bits_change(remote, remote->link->used_bits, request->place + from, request->pages - from, false);
 	__atomic_sub_fetch(&remote->link->in_flight, (request->pages - from) << LZ_PAGE_SHIFT, __ATOMIC_RELAXED);
 	__atomic_add_fetch(&remote->link->generation, 1, __ATOMIC_RELEASE);
 }
@@ -414,6 +472,8 @@ static bool take_header(struct lz_remote *remote, struct lz_request *request)
 		bits_change(remote, link->lost_bits, request->offset >> LZ_PAGE_SHIFT, pages, true);
 		link->any_lost = 1;
 	}
+	if (!(flags & PE_PRESENT)) /* what was there before is somebody else's */
+		memset(remote->landing + ((uint64_t)request->place << LZ_PAGE_SHIFT), 0, pages << LZ_PAGE_SHIFT);
 	request->answer_bytes = flags & PE_PRESENT ? (uint32_t)pages << LZ_PAGE_SHIFT : 0;
 	__atomic_store_n(&request->answer_pages, (uint32_t)pages, __ATOMIC_RELEASE);
 	return true;
@@ -435,7 +495,7 @@ static uint64_t next_place(struct lz_remote *remote, uint8_t **place)
 		return link->header_bytes - in;
 	}
 	in -= link->header_bytes;
-	*place = remote->landing + request->offset + in;
+	*place = remote->landing + ((uint64_t)request->place << LZ_PAGE_SHIFT) + in;
 	return request->answer_bytes - in < RECEIVE_BYTES ? request->answer_bytes - in : RECEIVE_BYTES;
 }
 
@@ -612,9 +672,17 @@ static void find_asked(struct lz_remote *remote)
 	uint64_t *asked = words_of(remote, link->asked_bits), in_flight = 0;
 	const uint64_t *arrived = words_of(remote, link->arrived_bits);
 
-	for (uint64_t i = 0; i < ((link->landing_bytes >> LZ_PAGE_SHIFT) + 63) / 64; i++) {
-		if (asked[i] != arrived[i])
-			asked[i] = arrived[i];
+	memset(words_of(remote, link->used_bits), 0, (link->used_end + 63) / 64 * 8);
+	for (uint64_t i = 0; i < (link->remote_bytes >> LZ_PAGE_SHIFT);) {
+		if (i % 64 == 0 && asked[i / 64] != arrived[i / 64])
+			asked[i / 64] = arrived[i / 64];
+		if (i % 64 == 0 && !arrived[i / 64]) {
+			i += 64;
+			continue;
+		}
+		if (bit_is(remote, link->arrived_bits, i))
+			bits_change(remote, link->used_bits, places_of(remote)[i], 1, true);
+		i++;
 	}
 	for (uint64_t i = link->answered; i < link->asked; i++) {
 		const struct lz_request *request = request_at(link, i);
@@ -624,6 +692,7 @@ static void find_asked(struct lz_remote *remote)
 		for (uint64_t k = 0; k < pages; k++)
 			in_flight += !bit_is(remote, link->arrived_bits, page + k);
 		bits_change(remote, link->asked_bits, page, pages, true);
+		bits_change(remote, link->used_bits, request->place, pages, true);
 	}
 	link->in_flight = in_flight << LZ_PAGE_SHIFT;
 	link->generation++;
@@ -663,7 +732,7 @@ void lz_remote_free(struct lz_remote *remote)
 {
 	lz_remote_stop(remote);
 	if (remote->landing)
-		munmap(remote->landing, LANDING_BYTES);
+		munmap(remote->landing, REMOTE_BYTES);
 	if (remote->landing_fd >= 0)
 		close(remote->landing_fd);
 	if (remote->wake >= 0)

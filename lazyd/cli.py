@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 
 from lazyd.arguments import Parser, add_telling, count, log_of, options_of, rate
 from lazyd.errors import LazydError, SystemCallError, UsageError
+from lazyd.tls.settings import add_options as add_tls_options
+from lazyd.tls.settings import files_of
 
 if TYPE_CHECKING:
     from lazyd.source.page_server import PageServer
@@ -34,16 +36,9 @@ lazyd [lazy-pages] -D DIR [options]   serve the memory of a restore; beside `cri
        lazyd dump --pid PID -D DIR           write images of a process (lazyd dump --help)
        lazyd pre-dump --pid PID -D DIR       the same, while it goes on, to dump only changes later
        lazyd restore -D DIR                  build a dumped process again and serve it (lazyd restore --help)
-       lazyd rewind --pid PID -D DIR         put a live process back to its own checkpoint"""
+       lazyd rewind --pid PID -D DIR         put a live process back to its own checkpoint
+       lazyd page-server -D DIR --port N     take dumps, or give out pages (lazyd page-server --help)"""
 _LAST_STANDARD_STREAM = 2
-_REMOTE = (
-    "tls",
-    "tls_cacert",
-    "tls_cacrl",
-    "tls_cert",
-    "tls_key",
-    "tls_no_cn_verify",
-)
 _DEFAULT_VERBOSITY = 3
 
 
@@ -97,10 +92,7 @@ def _make_parser() -> Parser:
         choices=("hold", "kill"),
         help="if missing pages cannot be had any more: tasks that touch them wait (hold), or all are killed",
     )
-    remote.add_argument("--tls", action="store_true")
-    for name in ("--tls-cacert", "--tls-cacrl", "--tls-cert", "--tls-key"):
-        remote.add_argument(name, metavar="FILE")
-    remote.add_argument("--tls-no-cn-verify", action="store_true")
+    add_tls_options(remote)
     return parser
 
 
@@ -206,9 +198,6 @@ def _verify(given: argparse.Namespace) -> int:
 def _lazy_pages(given: argparse.Namespace) -> int:
     if given.json:
         raise UsageError("lazyd: --json is for show; the statistics of a restore go to --stats FILE")
-    for name in _REMOTE:
-        if getattr(given, name):
-            raise UsageError(f"lazyd: --{name.replace('_', '-')}: TLS is not built yet")
     if len(given.words) > 1:
         raise UsageError(f"lazyd: {given.words[1]}: one word too many")
     if given.images_dir is None:
@@ -239,9 +228,10 @@ _PORT_MAX = 65535
 
 def _page_server(given: argparse.Namespace) -> PageServer | None:
     """Return where pages come from that the images lack; None: nowhere."""
+    tls = files_of(given)
     if not given.page_server:
-        for name in ("address", "port", "ps_socket", "page_server_header", "on_source_loss"):
-            if getattr(given, name) is not None:
+        for name in ("address", "port", "ps_socket", "page_server_header", "on_source_loss", "tls"):
+            if getattr(given, name) not in (None, False):
                 raise UsageError(f"lazyd: --{name.replace('_', '-')} is about --page-server")
         return None
     if given.ps_socket is None and not 0 < (given.port or 0) <= _PORT_MAX:
@@ -251,6 +241,7 @@ def _page_server(given: argparse.Namespace) -> PageServer | None:
     from lazyd.wire import HeaderSize  # noqa: PLC0415
 
     return PageServer(
+        tls=tls,
         host=given.address or "127.0.0.1",
         port=given.port or 0,
         inherited=-1 if given.ps_socket is None else given.ps_socket,
@@ -260,11 +251,12 @@ def _page_server(given: argparse.Namespace) -> PageServer | None:
 
 _DUMPING = ("dump", "pre-dump")
 _RESTORING = ("restore", "rewind")
-_WITH_OWN_OPTIONS = (*_DUMPING, *_RESTORING)
+_SERVING = "page-server"
+_WITH_OWN_OPTIONS = (*_DUMPING, *_RESTORING, _SERVING)
 
 
 class _Verb(Enum):
-    """The first word, and what it starts. Those that have options of their own are in cli_dump and cli_restore."""
+    """The first word, and what it starts. Those that have options of their own are in cli_dump, -_restore, -_serve."""
 
     LAZY_PAGES = "lazy-pages"
     SHOW = "show"
@@ -287,6 +279,10 @@ def _run(arguments: Sequence[str]) -> int:
         from lazyd import cli_restore  # noqa: PLC0415  see the head of this module
 
         return cli_restore.run(arguments)
+    if arguments and arguments[0] == _SERVING:
+        from lazyd import cli_serve  # noqa: PLC0415  see the head of this module
+
+        return cli_serve.run(arguments)
     given = parse(arguments)
     if given.version:
         from lazyd.report import version  # noqa: PLC0415

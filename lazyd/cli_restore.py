@@ -91,7 +91,7 @@ def run(arguments: Sequence[str]) -> int:
 
     from lazyd.restore.build import restore_alone  # noqa: PLC0415  only these two ways need it at once
 
-    announcement = Announcement(options)
+    announcement = Announcement(options.pidfile, options.status_fd)
     pid, warning = restore_alone(given.images_dir, given.pagemap_format, is_eager=given.eager, stopped=given.stopped)
     if warning:
         log.warning(warning)

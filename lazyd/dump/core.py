@@ -128,6 +128,11 @@ class PagePipe:
         if result < 0:
             raise MemoryError
 
+    @property
+    def pointer(self) -> int:
+        """The address of its struct lz_page_pipe, for other compiled modules."""
+        return int(ffi.cast("uintptr_t", self._raw))
+
     def pages(self, kind: PageKind) -> int:
         """Return how many pages of a kind there are."""
         return int(self._raw.pages[kind])

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from lazyd.errors import ImageError, RestoreError, SystemCallError
 from lazyd.image import Extent, Kind, load
@@ -34,19 +35,56 @@ _SYS_MADVISE, _MADV_DONTNEED = 28, 4
 _MOST_DROPS = 100  # each time somebody may look again
 
 
-class Restored:
-    """A task that is whole and does not run yet. As a context manager it ends what was not released."""
+class Unreleased:
+    """A task that is a puppet until it is released. As a context manager it ends what is not."""
+
+    def __init__(self, plan: Plan, memory: Memory) -> None:
+        """Hold nothing yet: whoever derives from this makes the puppet."""
+        self.tasks: list[Attached] = []
+        """The task with the userfaultfd of its memory, if that is to be served."""
+        self.warning = ""
+        self._plan = plan
+        self._memory = memory
+        self._puppet: Puppet | None = None
+
+    def release(self, *, stopped: bool = False) -> None:
+        """Let the task go: somebody serves it. A second call does nothing."""
+        puppet, self._puppet = self._puppet, None
+        if puppet is None:
+            return
+        if stopped or self._plan.is_stopped:
+            with suppress(RestoreError, OSError):  # it was killed: nothing of it runs
+                puppet.stop()
+        puppet.release()
+        self.tasks = []
+
+    def close(self) -> None:
+        """Give up: there is no process then. Does nothing after release()."""
+        puppet, self._puppet = self._puppet, None
+        if puppet is not None:
+            puppet.kill()
+        for task in self.tasks:
+            os.close(task.uffd)
+        self.tasks = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Restored(Unreleased):
+    """A task that is whole and does not run yet."""
 
     def __init__(self, plan: Plan, memory: Memory, *, is_eager: bool = False, is_registered: bool = True) -> None:
         """Make it. is_eager: all its pages are there; is_registered: what is not faults, and waits for `tasks[0]`.
 
         LazydError in one line if it cannot be made: then there is no process.
         """
-        self.tasks: list[Attached] = []
-        self.warning = ""
-        self._plan = plan
-        self._memory = memory
-        self._puppet: Puppet | None = None
+        super().__init__(plan, memory)
         try:
             memories.check_vdso(plan, memory)
             with Files(plan) as files:
@@ -82,34 +120,6 @@ class Restored:
         self.warning = dress(plan, puppet, uffd, filled, with_credentials=True)
         if uffd >= 0:
             check_empty(plan, filled)
-
-    def release(self, *, stopped: bool = False) -> None:
-        """Let the task go: somebody serves it. A second call does nothing."""
-        puppet, self._puppet = self._puppet, None
-        if puppet is None:
-            return
-        if stopped or self._plan.is_stopped:
-            with suppress(RestoreError, OSError):  # it was killed: nothing of it runs
-                puppet.stop()
-        puppet.release()
-        self.tasks = []
-
-    def close(self) -> None:
-        """Give up: there is no process then. Does nothing after release()."""
-        puppet, self._puppet = self._puppet, None
-        if puppet is not None:
-            puppet.kill()
-        for task in self.tasks:
-            os.close(task.uffd)
-        self.tasks = []
-
-    def __enter__(self) -> Restored:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def make_threads(plan: Plan, puppet: Puppet) -> None:

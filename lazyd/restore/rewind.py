@@ -17,22 +17,24 @@ Facts, and what follows:
   file has to be opened with the rights that the task has left. Whether it is locked, not inherited or not dumped
   (mlock, MADV_DONTFORK, MADV_DONTDUMP) is put back; that it shall have huge pages or none stays, because nothing
   takes that advice back.
+- A task that was stopped (SIGSTOP) stays so when its tracer lets it go. Whether it is to be is the checkpoint's
+  business: the stop is ended first.
 - A thread that is made again needs its id (clone3, set_tid), and so a task that may choose ids.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from types import TracebackType
 
 from lazyd.errors import DumpError, LazydError, RestoreError, SystemCallError
 from lazyd.image import Extent, Kind, load_shared
 from lazyd.image.directory import MAP_LOCKED
 from lazyd.restore import memory as memories
-from lazyd.restore.build import check_empty, dress, make_threads, open_userfaultfd
+from lazyd.restore.build import Unreleased, check_empty, dress, make_threads, open_userfaultfd
 from lazyd.restore.live import (
     Live,
     Staying,
@@ -79,18 +81,14 @@ class _Slice(NamedTuple):
     end: int
 
 
-class Rewound:
-    """A task that is back at its checkpoint and does not run yet. As a context manager it ends what is not released."""
+class Rewound(Unreleased):
+    """A task that is back at its checkpoint and does not run yet."""
 
     def __init__(self, plan: Plan, memory: Memory) -> None:
         """Stop a task and rewind it. LazydError: it is refused and goes on, or (said so) it failed and is ended."""
-        self.tasks: list[Attached] = []
-        self.warning = ""
+        super().__init__(plan, memory)
         self.stopped_s = 0.0
         """How long it did not run: known once it does."""
-        self._plan = plan
-        self._memory = memory
-        self._puppet: Puppet | None = None
         self._aside: list[_Slice] = []
         self._slice_bytes = _SLICE_BYTES
         check_before(plan, plan.pid)
@@ -105,9 +103,13 @@ class Rewound:
             check_rights(plan, staying, len(descriptors))
             ranges = [(one.start, one.end) for one in live] + [(area.start, area.end) for area in plan.vmas]
             workshop = find_workshop(ranges)
+            was_stopped = bool(stopped.leader.stop_signal)
             self._puppet = Puppet.take_over(stopped, workshop)
             ranges.append((workshop, workshop + WORKSHOP_BYTES))
             try:
+                if was_stopped:
+                    # Its signals are blocked: the stop ends, and SIGCONT is forgotten with all that is pending.
+                    os.kill(plan.pid, signal.SIGCONT)
                 self._rewind(self._puppet, staying, live, ranges, timers)
             except BaseException as error:
                 self.close()
@@ -239,17 +241,12 @@ class Rewound:
                 steps.append(Step(f"lseek of {one.fd}", _SYS_LSEEK, (one.fd, file.reg.pos, os.SEEK_SET), may_fail=True))
         puppet.run(steps)
 
-    def release(self) -> None:
+    def release(self, *, stopped: bool = False) -> None:
         """Let the task go: somebody serves it. A second call does nothing."""
-        puppet, self._puppet = self._puppet, None
-        if puppet is None:
-            return
-        if self._plan.is_stopped:
-            with suppress(RestoreError, OSError):  # it was killed: nothing of it runs
-                puppet.stop()
-        puppet.release()
-        self.stopped_s = time.monotonic() - self._began
-        self.tasks = []
+        is_first = self._puppet is not None
+        super().release(stopped=stopped)
+        if is_first:
+            self.stopped_s = time.monotonic() - self._began
 
     def sweep(self) -> str:
         """Free, while the task runs, what was moved aside; return what is to be said if that cannot be."""
@@ -299,23 +296,6 @@ class Rewound:
                 size //= 2
         self._slice_bytes = _SLICE_BYTES
         return max(area.start, area.end - _SLICE_BYTES)
-
-    def close(self) -> None:
-        """Give up: the task is ended. Does nothing after release()."""
-        puppet, self._puppet = self._puppet, None
-        if puppet is not None:
-            puppet.kill()
-        for task in self.tasks:
-            os.close(task.uffd)
-        self.tasks = []
-
-    def __enter__(self) -> Rewound:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _program(pid: int) -> tuple[str, ...]:

@@ -350,8 +350,7 @@ class Session:
                         callback()
                     self._look_for_keeper()
                     if self._remote is not None:
-                        self._remote.learn()
-                        self._report_loss(self._remote.retry())
+                        self._report_loss(self._remote.look())
                     self._progress.update(self._engine.totals)
             except BaseException as error:
                 # Whatever it is: closing the engine now would let the tasks read zeros.
@@ -448,7 +447,9 @@ class Session:
             return
         if self._settings.kill_on_loss:
             killed = ", ".join(map(str, self._held.kill_all()))
-            self._fail(f"{reason}: killed {killed or 'nobody'}")
+            self._fail(f"{reason}: killed {killed or 'nobody that is known here'}; what is missing is poisoned")
+            self._engine.abandon()
+            self._end = _End.ABANDONED
         else:
             self._problems.append(reason)
             self._log.error(f"{reason}: the tasks go on as far as they can and wait there; end them by SIGKILL")

@@ -26,8 +26,13 @@ from lazyd.wire import HeaderSize
 
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 5.0
-RETRY_CONNECT_S = 2.0
+_PARTING = 0
+"""A word shared with the processes after this one. 1: all pages have come, and the connection is being ended, so that
+nothing it does is a loss any more."""
+PROBE_S = 2.0
 DRAIN_S = 10.0
+SILENT_S = 5.0
+"""For how long a server may leave requests unanswered before that is told."""
 
 
 class OnLoss(Enum):
@@ -54,18 +59,22 @@ class RemotePages:
         self._header = server.header or header
         self._pids = pids
         self._log = log
-        self._shared = SharedWords(2)
+        self._shared = SharedWords(1)
         self._retry_at: float | None = None
         self._retry_s = FIRST_RETRY_S
         self._is_lost = False
-        self._connection: socket.socket | None = connect(server)
+        self._heard = (0, 0.0)
+        """How many bytes have come, and since when no more have, though some are waited for."""
+        self._is_silent = False
+        self._link = connect(server)
+        self._identity = self._identify()
+        """What lazyd's server has of the tasks; 0: this is another server."""
 
     def begin(self) -> None:
         """Give the engine the connection; before it prepares any task."""
-        assert self._connection is not None
-        self._engine.add_remote(self._connection.fileno(), self._header)
-        self._connection.detach()
-        self._connection = None
+        connection = self._link.connection
+        self._engine.add_remote(connection.fileno(), self._header)
+        connection.detach()
 
     @property
     def name(self) -> str:
@@ -77,21 +86,30 @@ class RemotePages:
         """How the link is."""
         return self._engine.link()
 
-    def learn(self) -> None:
-        """Ask a server that turns out to be lazyd's who it is, over a second connection, once."""
-        if self._shared[0] or self._shared[1] or not self._server.may_come_back or not self.info.speaks_lazyd:
-            return
-        self._shared[1] = 1
-        with contextlib.suppress(LazydError), connect(self._server) as connection:
-            self._shared[0] = ask_identity(connection, self.name, self._header, self._pids)
+    def _identify(self) -> int:
+        """Ask over a second connection, which lazyd's server answers and a stock source does not let in."""
+        if not self._server.may_come_back:
+            return 0
+        try:
+            with contextlib.closing(connect(self._server, PROBE_S)) as link:
+                found = ask_identity(link.connection, self.name, self._header, self._pids, PROBE_S)
+        except LazydError:
+            return 0
+        if not found:
+            self._link.close()
+            raise ProtocolError(self.name, f"has no pages of the tasks in these images ({self._some_pids()})")
+        return found
+
+    def _some_pids(self) -> str:
+        return ", ".join(map(str, self._pids[:4])) + (" …" if len(self._pids) > 4 else "")
 
     def on_notice(self) -> str | None:
         """Deal with a link that broke. Returns what to report if it cannot be mended."""
         info = self.info
-        if not info.error:
-            return None  # it is up again
+        if not info.error or self._shared[_PARTING]:
+            return None  # it is up again, or not needed any more
         left = human_bytes(self._engine.totals().left_pages * PAGE_SIZE)
-        why = f"{self.name}: {describe(info)}"
+        why = f"{self.name}: {self._link.why_ended() or describe(info)}"
         if self._can_come_back(info):
             self._log.warning(f"{why}; {left} are missing and wait, connecting again")
             self._retry_at = self._log.elapsed()
@@ -100,7 +118,7 @@ class RemotePages:
         return f"{why}; {left} are missing and cannot be had any more"
 
     def _can_come_back(self, info: LinkInfo) -> bool:
-        return bool(self._shared[0]) and info.reason in (
+        return bool(self._identity) and info.reason in (
             LinkReason.FAILED,
             LinkReason.ENDED,
             LinkReason.UNCOUNTED,
@@ -112,31 +130,49 @@ class RemotePages:
         return self._is_lost
 
     def drain(self) -> None:
-        """Wait until the server has answered all that it was asked; nobody wants it any more."""
+        """Wait until the server has answered all that it was asked, unless it is silent; nobody wants it any more."""
+        if self._is_silent:
+            return
         end = self._log.elapsed() + DRAIN_S
         while (info := self.info).waiting and not info.error and self._log.elapsed() < end:
             time.sleep(0.002)
 
     def due_in(self) -> float | None:
-        """How long until retry() is worth calling; None: it is not."""
-        return None if self._retry_at is None else max(0.0, self._retry_at - self._log.elapsed())
+        """How long until look() is worth calling; None: it is not."""
+        if self._retry_at is not None:
+            return max(0.0, self._retry_at - self._log.elapsed())
+        return SILENT_S / 2 if self.info.waiting and not self.info.error else None
 
-    def retry(self) -> str | None:
+    def look(self) -> str | None:
+        """See to it that a link that broke is mended, and one that is silent told. Returns what is to be reported."""
+        info, now = self.info, self._log.elapsed()
+        if info.error or not info.waiting or info.bytes != self._heard[0]:
+            if self._is_silent and not info.error:
+                self._log.warning(f"{self.name}: answers again")
+            self._is_silent = False
+            self._heard = (info.bytes, now)
+        elif not self._is_silent and now - self._heard[1] > SILENT_S:
+            self._is_silent = True
+            self._log.warning(
+                f"{self.name}: no answer for {SILENT_S:.0f} s to {info.waiting} requests; who needs their pages waits"
+            )
+        return self._retry()
+
+    def _retry(self) -> str | None:
         """Connect again if it is time to. Returns what to report if that is hopeless."""
         if self._retry_at is None or self._log.elapsed() < self._retry_at:
             return None
         try:
-            connection = connect(self._server, RETRY_CONNECT_S)
+            link = connect(self._server, PROBE_S)
             try:
-                found = ask_identity(connection, self.name, self._header, self._pids)
-                if found != self._shared[0]:
-                    self._retry_at = None
-                    self._is_lost = True
-                    return f"{self.name}: it is up again, but has another checkpoint: nothing is taken of it"
-                self._engine.relink(connection.fileno(), self._header)
-                connection.detach()
+                found = ask_identity(link.connection, self.name, self._header, self._pids, PROBE_S)
+                if found == self._identity:
+                    self._engine.relink(link.connection.fileno(), self._header)
+                    link.connection.detach()
+                    self._link = link
             finally:
-                connection.close()
+                if self._link is not link:
+                    link.close()
         except LazydError as error:
             self._log.debug(str(error))
             self._retry_at = self._log.elapsed() + self._retry_s
@@ -144,6 +180,9 @@ class RemotePages:
             return None
         self._retry_at = None
         self._retry_s = FIRST_RETRY_S
+        if self._link is not link:
+            self._is_lost = True
+            return f"{self.name}: it is up again, but has another checkpoint: nothing is taken of it"
         self._log.message(f"{self.name}: connected again")
         return None
 
@@ -153,18 +192,19 @@ class RemotePages:
         has_run: a restored task may have run; has_all: every page is accounted for.
         """
         info = self.info
-        connection, self._connection = self._connection, None
-        if connection is None:
-            if info.fd < 0:
-                return None
+        connection = self._link.connection
+        if info.fd >= 0:
             connection = socket.socket(fileno=os.dup(info.fd))
         try:
             if not has_run:
                 refuse(connection)
-            elif has_all and not info.error and not info.waiting:
+            elif has_all and not info.error and not info.waiting and not self._shared[_PARTING]:
+                self._shared[_PARTING] = 1  # a process that dies from here on leaves it at the end of the connection
                 finish(connection, self.name, HeaderSize(info.header_bytes), is_inherited=self._server.inherited >= 0)
         except ProtocolError as error:
-            return str(error)
+            if not self._identity:
+                return f"{error}; all pages have come, but see what became of the task there"
+            self._log.warning(str(error))  # it has nothing to lose
         finally:
             connection.close()
         return None

@@ -16,14 +16,20 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lazyd import tcp
 from lazyd.errors import ProtocolError, SystemCallError
 from lazyd.tuples import NamedTuple
 from lazyd.wire import Answer, ClientParser, Command, HeaderSize, Message, Reply
 
+if TYPE_CHECKING:
+    from lazyd.tls.pump import Tunnel
+    from lazyd.tls.settings import Files
+
 CONNECT_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 10.0
+_LAST_WORDS_S = 0.5
 
 
 class PageServer(NamedTuple):
@@ -36,6 +42,8 @@ class PageServer(NamedTuple):
     port: int
     inherited: int = -1
     header: HeaderSize | None = None
+    tls: Files | None = None
+    """Certificates; None: without TLS."""
 
     @property
     def name(self) -> str:
@@ -50,8 +58,38 @@ class PageServer(NamedTuple):
         return self.inherited < 0
 
 
-def connect(server: PageServer, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
-    """Connect, or take over what is connected; SystemCallError says why it cannot be."""
+class Link:
+    """A connection to a page server; with TLS, the plain end of it."""
+
+    def __init__(self, connection: socket.socket, tunnel: Tunnel | None = None) -> None:
+        """Own both."""
+        self.connection = connection
+        self._tunnel = tunnel
+
+    def why_ended(self) -> str:
+        """Say what TLS knows about how the connection ended; "" if nothing."""
+        ending = None if self._tunnel is None else self._tunnel.ending(_LAST_WORDS_S)
+        return "" if ending is None else ending.reason
+
+    def close(self) -> None:
+        """Close it, and wait until the peer has what was sent."""
+        self.connection.close()
+        if self._tunnel is not None:
+            self._tunnel.close()
+
+
+def connect(server: PageServer, timeout_s: float = CONNECT_TIMEOUT_S) -> Link:
+    """Connect, or take over what is connected; SystemCallError or TlsError says why it cannot be."""
+    if server.tls is None:
+        return Link(_connect(server, timeout_s))
+    from lazyd.tls.handshake import Endpoint, Side  # noqa: PLC0415  ssl takes its time to import
+
+    endpoint = Endpoint(server.tls, Side.CLIENT)
+    tunnel = endpoint.open(_connect(server, timeout_s), server.host, peer=server.name, timeout_s=timeout_s)
+    return Link(tunnel.plain, tunnel)
+
+
+def _connect(server: PageServer, timeout_s: float) -> socket.socket:
     if server.inherited < 0:
         return tcp.connect(server.host, server.port, tcp.Peer.ALWAYS_READS, timeout_s=timeout_s)
     try:
@@ -64,13 +102,15 @@ def connect(server: PageServer, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.
     return connection
 
 
-def ask_identity(connection: socket.socket, peer: str, header: HeaderSize, pids: Sequence[int]) -> int:
+def ask_identity(
+    connection: socket.socket, peer: str, header: HeaderSize, pids: Sequence[int], timeout_s: float
+) -> int:
     """Ask lazyd's page server what it has of some tasks; a number that is the same as long as that is.
 
-    Nothing may be on its way on the connection. ProtocolError if the answer is none.
+    0: it has nothing of one of them. Nothing may be on its way on the connection. ProtocolError if the answer is none.
     """
     parser = ClientParser(peer, header)
-    connection.settimeout(ANSWER_TIMEOUT_S)
+    connection.settimeout(timeout_s)
     total = 0
     try:
         for pid in pids:
@@ -81,6 +121,8 @@ def ask_identity(connection: socket.socket, peer: str, header: HeaderSize, pids:
                     raise ProtocolError(peer, "hung up when asked for its identity")
                 parser.feed(content)
             assert isinstance(event, Reply)
+            if not event.value:
+                return 0
             # Which task has which matters too.
             total = (total * 0x100000001B3 + event.value) % (1 << 64)
     except OSError as error:
@@ -110,7 +152,7 @@ def finish(connection: socket.socket, peer: str, header: HeaderSize, *, is_inher
 
 
 def refuse(connection: socket.socket) -> None:
-    """Have a stock source take back its task: the copy has not run, and never will. Closes the connection.
+    """Have a stock source take back its task: the copy has not run, and never will. Nothing can be said after it.
 
     What is sent is a message of an unknown command, of the longer header's length in either.
     """
@@ -120,4 +162,3 @@ def refuse(connection: socket.socket) -> None:
         connection.shutdown(socket.SHUT_WR)
         while connection.recv(1 << 16):
             pass  # unread bytes would make the end a reset, which overtakes what was sent
-    connection.close()

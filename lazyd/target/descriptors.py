@@ -230,6 +230,8 @@ def _classify(path: str, status: os.stat_result, flags: int) -> tuple[Descriptor
         return DescriptorKind.FILE, "its file is deleted"
     if flags & _O_PATH:
         return DescriptorKind.FILE, "opened with O_PATH"
+    if path.startswith("/proc/") and path.split("/")[2].isdecimal():  # its own (/proc/self), as a rule
+        return DescriptorKind.FILE, "a file about a process, which is not there before the process is"
     return DescriptorKind.FILE, path_problem(path, status)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import migration
 import pytest
+from pki import Authority
 
 
 @pytest.mark.parametrize("scenario", ["tree"])
@@ -26,5 +27,17 @@ def test_lazyd_migrates(suite, scenario, victim, tmp_path):
         images = source.copy_images(tmp_path / "there")
         outcome = migration.restore(source, images, tmp_path / "work", who="lazyd")
         migration.assert_good(outcome)
-        print(outcome.daemon_output)
+        assert not source.task_state or source.task_state == "Z"
+
+
+@pytest.mark.parametrize("scenario", ["tree"])
+def test_lazyd_migrates_by_tls(suite, scenario, victim, tmp_path):
+    authority = Authority(tmp_path)
+    there, here = authority.sign("source"), authority.sign("destination")
+    command = [str(victim), scenario, str(tmp_path / "state")]
+    with migration.source(suite, command, tmp_path, extra=tuple(there.options(authority))) as source:
+        images = source.copy_images(tmp_path / "copy")
+        extra = tuple(here.options(authority))
+        outcome = migration.restore(source, images, tmp_path / "work", who="lazyd", extra=extra)
+        migration.assert_good(outcome)
         assert not source.task_state or source.task_state == "Z"

@@ -9,15 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import harness
 import pytest
+from process_harness import Dying
 
 from lazyd.target.tracing import state_of, status_fields, thread_ids
 
@@ -26,41 +25,6 @@ HOW = pytest.mark.parametrize("how", ["lazy", "eager"])
 WHOSE = pytest.mark.parametrize("whose", ["lazyd", *harness.SUITES])
 PYTHON_COMMAND = "/usr/bin/python3" if Path("/usr/bin/python3").exists() else os.path.realpath(sys.executable)
 STRESS = max(1, int(os.environ.get("LAZYD_STRESS", "1")))
-
-
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory):
-    """Return a function that compiles a victim once."""
-    folder = tmp_path_factory.mktemp("programs")
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = harness.compile_c(harness.ROOT / "tests/victims" / f"{name}.c", folder / name)
-        return str(made[name])
-
-    return get
-
-
-@pytest.fixture
-def start(tmp_path):
-    """Start programs that are gone when the test is over."""
-    pids, states = [], []
-
-    def start(*command):
-        # Not below pytest's own folder, which another pytest may close to all but root at any moment.
-        state = Path(tempfile.mkdtemp(prefix="lazyd-test-"))
-        state.chmod(0o777)
-        states.append(state)
-        pid = harness.start_program([word.replace("STATE", str(state)) for word in command], state)
-        pids.append(pid)
-        return harness.Checkpoint("", pid, tmp_path / "images", state)
-
-    yield start
-    for pid in pids:
-        harness.reap_group(pid)
-    for state in states:
-        shutil.rmtree(state, ignore_errors=True)
 
 
 def dump(saved, whose):
@@ -359,23 +323,12 @@ def test_a_pages_image_that_is_cut(sleeper):
     assert "pages-" in refused(sleeper)
 
 
-DYING = """
-import itertools, os, signal, sys
-limit = int(sys.argv.pop(1))
+HEAD = """
+from lazyd import cli
+import lazyd.restore.build
 from lazyd.target import puppet, tracing
-numbers = itertools.count(1)
-def counted(function):
-    def counting(*arguments):
-        if next(numbers) > limit:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments)
-    return counting
 puppet.request = tracing.request = counted(tracing.request)
 os.pwrite = counted(os.pwrite)
-from lazyd.cli import main
-code = main()
-print("steps", next(numbers) - 1)
-sys.exit(code)
 """
 
 
@@ -383,19 +336,17 @@ def test_lazyd_is_killed_before_each_of_its_steps(programs, start):
     """Until the task is let go there is none of it left, and in the end it is whole."""
     saved = start(programs("plain"), "STATE", "2")
     dump(saved, "lazyd")
-
-    def run(limit):
-        return restore(saved, "--eager", check=False, command=[sys.executable, "-c", DYING, str(limit)])
-
+    words = ["restore", "-D", saved.images, "--no-progress", "--eager"]
     limit = 0
     step = max(1, 24 // STRESS)
-    while (ended := run(limit)).returncode == -signal.SIGKILL:
-        # Whoever is killed by PTRACE_O_EXITKILL is killed a moment after its tracer.
-        harness.wait_until(lambda: state_of(saved.pid) in "XZ", "the end of what was begun")
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(saved.pid, 0)
-        limit += step
-    assert ended.returncode == 0, ended.stderr
+    with Dying(HEAD, "return cli.main(words)") as dying:
+        while (code := dying.run(limit, *words)[0]) == -signal.SIGKILL:
+            # Whoever is killed by PTRACE_O_EXITKILL is killed a moment after its tracer.
+            harness.wait_until(lambda: state_of(saved.pid) in "XZ", "the end of what was begun")
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(saved.pid, 0)
+            limit += step
+    assert code == 0
     assert limit > 60
     assert verdict(saved) == "ok\n"
 
