@@ -2,7 +2,7 @@
 """TLS tunnels: what goes in comes out, how they end, and what is said of certificates and peers that are no good.
 
 Certificates come from the cryptography package. The other end is a tunnel too, or Python's ssl, or no TLS at all; in
-tests/criu/test_tls.py it is GnuTLS.
+tests/criu/test_tls_like_criu.py it is GnuTLS.
 """
 
 from __future__ import annotations
