@@ -31,6 +31,7 @@ from lazyd.wire import Answer, Command, Flags, Message, Reply, encode_reply
 STALL_S = 30.0
 # Somebody who asks for more tasks that are not here is not looking for his own.
 UNKNOWN_MAX = 64
+_DROPPED_BYTES = 1 << 16
 
 
 class Desk(NamedTuple):
@@ -115,7 +116,8 @@ class _Session:
                 case Event.MISSING:
                     self._miss()
                 case Event.UNREADABLE:
-                    self._refuse_unreadable()
+                    self._end_unreadable()
+                    return
                 case Event.STALLED:
                     self._note_stall()
                 case Event.UNWRITTEN:
@@ -189,12 +191,24 @@ class _Session:
             text += ": the task waits for it, the rest is served"
         self._desk.log.error(text)
 
-    def _refuse_unreadable(self) -> None:
+    def _end_unreadable(self) -> None:
+        """End in the middle of an answer. lazyd comes again, and is told that the page is not here.
+
+        A stock daemon does not: it would give up, and its tasks would read zeros. It is held until it leaves.
+        """
         task, address = self._peer.where
         number = self._peer.error_number
         why = os.strerror(number).lower() if number else "its pages image was cut"
-        reason = f"the page at {address:#x} of task {task} cannot be read: {why}; hanging up in mid-answer"
-        raise ProtocolError(self._peer.name, reason)
+        reason = f"the page at {address:#x} of task {task} cannot be read: {why}"
+        if self._peer.message().flags & Flags.LAZYD:
+            raise ProtocolError(self._peer.name, f"{reason}; hanging up in mid-answer")
+        self._desk.log.error(
+            f"{self._peer.name}: {reason}; its tasks wait until it is ended, for it would give them zeros"
+        )
+        while True:
+            with suppress(BlockingIOError):
+                if not self._socket.recv(_DROPPED_BYTES):
+                    return
 
     def _note_stall(self) -> None:
         """Say, once, that a client stalls; OSError if it is gone."""

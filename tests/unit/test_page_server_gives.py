@@ -218,6 +218,25 @@ def test_a_pages_image_that_is_cut_is_never_zeros(simple):
         assert client.answer()[:2] == (LAZYD | LAZY, 2)
 
 
+@pytest.mark.parametrize("flags", [0, LAZYD])
+def test_a_pages_image_that_is_cut_in_the_middle_of_an_answer(flags, tmp_path):
+    """lazyd is hung up on, and comes again; a stock daemon would go, and leave its tasks with zeros."""
+    images = build_checkpoint(tmp_path / "images", [Task(PID, [Entry(BASE, 2000)])])
+    desk = desk_for(images)
+    with connected(desk, 32) as client:
+        client.ask(BASE, 2000, PID, flags)
+        client.receive(32)
+        os.truncate(images / "pages-1.img", 1000 * PAGE)
+        got = client.receive(1000 * PAGE)
+        assert got[-PAGE:] == page_pattern(BASE + 999 * PAGE)
+        client.socket.settimeout(0.3)
+        with pytest.raises(EOFError if flags else TimeoutError):
+            client.receive(1)
+    assert (
+        f"the page at {BASE + 1000 * PAGE:#x} of task 77 cannot be read: its pages image was cut" in desk.log.lines[0]
+    )
+
+
 def test_images_that_cannot_be_trusted_are_not_given(simple):
     images, _ = simple
     os.truncate(images / "pages-1.img", PAGE)
