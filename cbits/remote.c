@@ -162,6 +162,7 @@ static int begin_link(struct lz_remote *remote, int fd, uint32_t header_bytes)
 	link->in_flight = 0;
 	link->round_trip_ns = 0;
 	link->rate = 0;
+	link->breaking = 0;
 	__atomic_store_n(&link->error, 0, __ATOMIC_RELEASE);
 	return 0;
 }
@@ -242,6 +243,8 @@ static void break_link(struct lz_remote *remote, int error, enum lz_link_reason 
 {
 	struct lz_link *link = remote->link;
 
+	if (__atomic_exchange_n(&link->breaking, 1, __ATOMIC_ACQ_REL))
+		return; /* sending and receiving find out at once; the first to do so says it */
 	link->reason = reason;
 	link->detail[0] = found;
 	link->detail[1] = wanted;
@@ -373,13 +376,15 @@ bool lz_remote_is_due(const struct lz_remote *remote, uint64_t offset)
 uint64_t lz_remote_room(const struct lz_remote *remote, bool is_active)
 {
 	const struct lz_link *link = remote->link;
-	uint64_t holds = (uint64_t)((double)link->rate * 1e-9 * (double)link->round_trip_ns);
+	const uint64_t rate = __atomic_load_n(&link->rate, __ATOMIC_RELAXED);
+	const uint64_t trip = __atomic_load_n(&link->round_trip_ns, __ATOMIC_RELAXED);
+	uint64_t holds = (uint64_t)((double)rate * 1e-9 * (double)trip);
 	uint64_t window = holds + (is_active ? ACTIVE_SLACK : IDLE_SLACK);
 	uint64_t in_flight = __atomic_load_n(&link->in_flight, __ATOMIC_RELAXED);
 
 	if (__atomic_load_n(&link->error, __ATOMIC_ACQUIRE))
 		return 0;
-	if (!link->rate)
+	if (!rate)
 		window = FIRST_WINDOW;
 	return window > in_flight ? window - in_flight : 0;
 }
@@ -539,7 +544,7 @@ static void take_bytes(struct lz_remote *remote, uint64_t length)
 		uint64_t trip = lz_now_ns() - request->asked_ns;
 
 		if (!link->round_trip_ns || trip < link->round_trip_ns)
-			link->round_trip_ns = trip;
+			__atomic_store_n(&link->round_trip_ns, trip, __ATOMIC_RELAXED);
 	}
 	__atomic_store_n(&link->received_bytes, link->received_bytes + length, __ATOMIC_RELEASE);
 	settle(remote, in > link->header_bytes ? (in - link->header_bytes) >> LZ_PAGE_SHIFT : 0);
@@ -556,7 +561,9 @@ static void measure(struct lz_remote *remote)
 	if (remote->measured_ns) {
 		rate = (uint64_t)((double)(link->total_bytes - remote->measured_bytes) * 1e9 /
 				  (double)(now - remote->measured_ns));
-		link->rate = rate > link->rate - link->rate / 8 ? rate : link->rate - link->rate / 8;
+		if (rate < link->rate - link->rate / 8)
+			rate = link->rate - link->rate / 8;
+		__atomic_store_n(&link->rate, rate, __ATOMIC_RELAXED);
 	}
 	remote->measured_ns = now;
 	remote->measured_bytes = link->total_bytes;
@@ -766,23 +773,30 @@ int lz_engine_relink(struct lz_engine *engine, int fd, uint32_t header_bytes)
 void lz_engine_link(struct lz_engine *engine, struct lz_link_info *info)
 {
 	const struct lz_link *link = engine->remote.link;
+	uint64_t answered;
 
 	memset(info, 0, sizeof(*info));
 	info->fd = -1;
 	if (!link)
 		return;
+	/* In this order: what is asked in between makes it more, what is answered must not make it less than nothing.
+	 */
+	answered = __atomic_load_n(&link->answered, __ATOMIC_ACQUIRE);
 	*info = (struct lz_link_info){
 		.bytes = __atomic_load_n(&link->total_bytes, __ATOMIC_RELAXED),
 		.in_flight = __atomic_load_n(&link->in_flight, __ATOMIC_RELAXED),
-		.requests = link->asked,
-		.waiting = link->asked - link->answered,
-		.round_trip_ns = link->round_trip_ns,
-		.rate = link->rate,
-		.reason = link->reason,
-		.detail = { link->detail[0], link->detail[1] },
+		.requests = __atomic_load_n(&link->asked, __ATOMIC_RELAXED),
+		.round_trip_ns = __atomic_load_n(&link->round_trip_ns, __ATOMIC_RELAXED),
+		.rate = __atomic_load_n(&link->rate, __ATOMIC_RELAXED),
 		.error = __atomic_load_n(&link->error, __ATOMIC_ACQUIRE),
-		.speaks_lazyd = link->speaks_lazyd,
+		.speaks_lazyd = __atomic_load_n(&link->speaks_lazyd, __ATOMIC_RELAXED),
 		.header_bytes = link->header_bytes,
 		.fd = link->fd,
 	};
+	info->waiting = info->requests - answered;
+	if (info->error) {
+		info->reason = link->reason;
+		info->detail[0] = link->detail[0];
+		info->detail[1] = link->detail[1];
+	}
 }
