@@ -18,7 +18,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define REMOTE_BYTES (1ULL << 40) /* the most there can be, and the landing's size: sparse, and as good as free */
+#define REMOTE_BYTES (1ULL << 40)  /* the most there can be */
+#define LANDING_BYTES (1ULL << 38) /* sparse: it costs what has arrived and waits, or is kept for forks */
 #define REMOTE_PAGES (REMOTE_BYTES >> LZ_PAGE_SHIFT)
 #define RECEIVE_BYTES (256U << 10)
 #define BURSTS 16U           /* received before the socket's other side is looked at again */
@@ -86,8 +87,8 @@ static uint32_t *places_of(const struct lz_remote *remote)
 	return LZ_AT(remote->engine->arena, uint32_t, remote->link->places);
 }
 
-/* Find a place for pages in a row, and use it; under the lock. */
-static uint32_t take_place(struct lz_remote *remote, uint64_t page, uint64_t pages)
+/* Find a place for pages in a row, and use it: its number, or -ENOSPC; under the lock. */
+static int64_t take_place(struct lz_remote *remote, uint64_t page, uint64_t pages)
 {
 	struct lz_link *link = remote->link;
 	uint64_t place = 0;
@@ -101,12 +102,14 @@ static uint32_t take_place(struct lz_remote *remote, uint64_t page, uint64_t pag
 			break;
 		place += room;
 	}
+	if (place + pages > LANDING_BYTES >> LZ_PAGE_SHIFT)
+		return -ENOSPC;
 	if (place + pages > link->used_end)
 		link->used_end = place + pages;
 	bits_change(remote, link->used_bits, place, pages, true);
 	for (uint64_t i = 0; i < pages; i++)
 		places_of(remote)[page + i] = (uint32_t)(place + i);
-	return (uint32_t)place;
+	return (int64_t)place;
 }
 
 static struct lz_request *request_at(struct lz_link *link, uint64_t number)
@@ -179,10 +182,10 @@ int lz_engine_add_remote(struct lz_engine *engine, int fd, uint32_t header_bytes
 	if (remote->wake < 0)
 		return -errno;
 	remote->landing_fd = memfd_create("lazyd-landing", MFD_CLOEXEC);
-	if (remote->landing_fd < 0 || ftruncate(remote->landing_fd, (off_t)REMOTE_BYTES) < 0)
+	if (remote->landing_fd < 0 || ftruncate(remote->landing_fd, (off_t)LANDING_BYTES) < 0)
 		return -errno;
 	remote->landing =
-		mmap(NULL, REMOTE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, remote->landing_fd, 0);
+		mmap(NULL, LANDING_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, remote->landing_fd, 0);
 	if (remote->landing == MAP_FAILED) {
 		remote->landing = NULL;
 		return -errno;
@@ -207,7 +210,7 @@ int lz_engine_add_remote(struct lz_engine *engine, int fd, uint32_t header_bytes
 	engine->source[remote->source] = (struct lz_source){
 		.fd = -1,
 		.map = remote->landing,
-		.size = REMOTE_BYTES,
+		.size = REMOTE_BYTES, /* of offsets: where a page is in the landing is another matter */
 		.is_landing = true,
 	};
 	return (int)remote->source;
@@ -310,17 +313,18 @@ uint32_t lz_remote_ask(struct lz_remote *remote, const struct lz_worker *worker,
 	const uint64_t page = offset >> LZ_PAGE_SHIFT;
 	const uint32_t most = urgent ? LZ_REQUESTS : LZ_REQUESTS - URGENT_REQUESTS;
 	uint64_t known, wanted;
-	uint32_t place;
+	int64_t place = -ENOSPC;
 	bool unsent;
 
 	pthread_mutex_lock(&remote->lock);
 	known = bits_run(remote, link->asked_bits, page, pages, true);
 	wanted = bits_run(remote, link->asked_bits, page + known, pages - known, false);
-	if (!wanted || link->error || link->asked - link->answered >= most) {
+	if (wanted && !link->error && link->asked - link->answered < most)
+		place = take_place(remote, page + known, wanted);
+	if (place < 0) {
 		pthread_mutex_unlock(&remote->lock);
 		return (uint32_t)known;
 	}
-	place = take_place(remote, page + known, wanted);
 	*request_at(link, link->asked) = (struct lz_request){
 		.address = address + (known << LZ_PAGE_SHIFT),
 		.offset = offset + (known << LZ_PAGE_SHIFT),
@@ -328,7 +332,7 @@ uint32_t lz_remote_ask(struct lz_remote *remote, const struct lz_worker *worker,
 		.pages = (uint32_t)wanted,
 		.pid = pid,
 		.worker = worker->number,
-		.place = place,
+		.place = (uint32_t)place,
 	};
 	if (link->asked == link->answered)
 		request_at(link, link->asked)->answer_start = link->received_bytes;
@@ -739,7 +743,7 @@ void lz_remote_free(struct lz_remote *remote)
 {
 	lz_remote_stop(remote);
 	if (remote->landing)
-		munmap(remote->landing, REMOTE_BYTES);
+		munmap(remote->landing, LANDING_BYTES);
 	if (remote->landing_fd >= 0)
 		close(remote->landing_fd);
 	if (remote->wake >= 0)
