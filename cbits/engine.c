@@ -64,6 +64,7 @@ struct lz_engine *lz_engine_new(const struct lz_config *config, int *error)
 	engine->config = *config;
 	engine->notify = -1;
 	lz_io_init(&engine->io, engine);
+	lz_remote_init(&engine->remote, engine);
 	pthread_mutex_init(&engine->lock, NULL);
 	pthread_mutex_init(&engine->notice_lock, NULL);
 	for (uint32_t i = 0; i < LZ_MAX_WORKERS; i++)
@@ -199,6 +200,8 @@ int lz_engine_prepare(struct lz_engine *engine, int image_pid, const struct lz_e
 			return -ERANGE;
 	}
 	result = lz_space_init(engine->arena, &task.space, extents, count, vmas, vma_count);
+	if (!result)
+		result = lz_remote_place(&engine->remote, lz_space_rows(engine->arena, &task.space), count);
 	if (result < 0) {
 		lz_space_drop(engine->arena, &task.space);
 		return result;
@@ -236,6 +239,8 @@ int lz_engine_start(struct lz_engine *engine)
 		engine->reserve_fd[engine->reserve_fds] = fd;
 	}
 	result = lz_io_start(&engine->io);
+	if (!result)
+		result = lz_remote_start(&engine->remote);
 	for (uint32_t i = 0; i < engine->workers && !result; i++) {
 		int error = pthread_create(&engine->worker[i].thread, NULL, lz_worker_main, &engine->worker[i]);
 
@@ -325,6 +330,7 @@ static void forget_threads(struct lz_engine *engine)
 	engine->stopping = 0;
 	engine->abandoning = 0;
 	lz_io_reset(&engine->io);
+	lz_remote_resume(&engine->remote);
 	for (uint32_t i = 0; i < engine->workers; i++) {
 		struct lz_worker *worker = &engine->worker[i];
 
@@ -356,6 +362,8 @@ void lz_engine_descriptors(struct lz_engine *engine, uint8_t *is, uint32_t count
 		else if (task->status > LZ_TASK_SERVING && task->uffd >= 0 && (uint32_t)task->uffd < count)
 			is[task->uffd] = LZ_DESCRIPTOR_DONE;
 	}
+	if (engine->remote.link && engine->remote.link->fd >= 0 && (uint32_t)engine->remote.link->fd < count)
+		is[engine->remote.link->fd] = LZ_DESCRIPTOR_SERVED;
 	/* Behind those, whose number another may have got meanwhile. */
 	for (uint32_t i = 0; i < tasks; i++) {
 		const struct lz_task *task = nth_task(engine, i);
@@ -497,6 +505,7 @@ void lz_engine_stop(struct lz_engine *engine)
 			pthread_join(worker->thread, NULL);
 		worker->running = false;
 	}
+	lz_remote_stop(&engine->remote);
 	lz_io_stop(&engine->io);
 }
 
@@ -529,10 +538,13 @@ void lz_engine_free(struct lz_engine *engine)
 			close(task->uffd);
 	}
 	for (uint32_t i = 0; i < engine->sources; i++) {
+		if (engine->source[i].is_landing)
+			continue;
 		if (engine->source[i].map)
 			munmap((void *)(uintptr_t)engine->source[i].map, engine->source[i].size);
 		close(engine->source[i].fd);
 	}
+	lz_remote_free(&engine->remote);
 	lz_engine_release_reserve(engine);
 	if (engine->notify >= 0)
 		close(engine->notify);

@@ -7,6 +7,7 @@
 #include "helper.h"
 #include "io.h"
 #include "layout.h"
+#include "remote.h"
 #include "space.h"
 
 #include <pthread.h>
@@ -40,7 +41,11 @@ struct lz_task {
 	uint32_t worker;
 	uint32_t fill_region; /* regions before it are done */
 	uint32_t stream_clock;
-	uint64_t help_at;    /* run address where the helper's half goes on; 0: not begun */
+	uint64_t help_at; /* run address where the helper's half goes on; 0: not begun */
+	/* Where asking a page server goes on: what is missing before is asked for, unless the generation has changed.
+	 */
+	uint32_t ask_region, ask_generation;
+	uint64_t ask_page;
 	uint32_t help_done;  /* its half is full: it goes on where the worker does */
 	uint32_t jobs;       /* of it that the helper has */
 	uint32_t scatter;    /* how random its faults have been of late: up to SCATTER_MOST */
@@ -80,7 +85,7 @@ struct lz_pending {
 	struct lz_task *task;
 	struct lz_fault fault;
 	uint64_t since_ns;
-	uint32_t read; /* the read of its page that it waits for, or LZ_NO_READ */
+	uint32_t read; /* what it waits for: a read of its page, its arrival (LZ_REMOTE_READ), or LZ_NO_READ */
 };
 
 struct lz_source {
@@ -88,7 +93,8 @@ struct lz_source {
 	const uint8_t *map;
 	uint64_t size;
 	int64_t mtime_s, mtime_ns;
-	uint32_t told; /* atomic: the change was reported */
+	uint32_t told;   /* atomic: the change was reported */
+	bool is_landing; /* pages of a page server: there when they have arrived, and nobody else's to change */
 };
 
 /* Counters of one worker, in the arena; written by it alone, read by anyone. */
@@ -173,6 +179,7 @@ struct lz_engine {
 	uint64_t notices_lost;
 	struct lz_notice notice[LZ_NOTICES];
 	struct lz_io io;
+	struct lz_remote remote;
 	uint32_t workers;
 	struct lz_worker worker[LZ_MAX_WORKERS];
 };

@@ -154,6 +154,8 @@ static void apply_ordered(struct lz_worker *worker, struct lz_task *task)
 
 	task->applying = 1;
 	task->fill_region = 0;
+	task->ask_region = 0;
+	task->ask_page = 0;
 	task->near = 0;
 	lz_task_settle(task);
 	for (uint32_t i = task->progress / 2; i < ordered; i++) {

@@ -87,8 +87,33 @@ static int install_window(struct lz_worker *worker, struct lz_task *task, const 
 }
 
 /*
- * Answer one fault. 0: the thread will go on (or fault again); -EINPROGRESS: its page is being read from a disk, and
- * *read says by which read; else as install_run. *read on the way in is the read that was waited for, or LZ_NO_READ.
+ * Ask the page server for the window of a fault; where faults come near each other, for the block that it is in, too:
+ * it would be wanted before long, and the way is far.
+ */
+static void ask_for_fault(struct lz_worker *worker, struct lz_task *task, const struct lz_region *region,
+			  const struct lz_run *run)
+{
+	struct lz_remote *remote = &worker->engine->remote;
+	struct lz_arena *arena = worker->engine->arena;
+	uint64_t page = run->page & ~(uint64_t)(ACTIVE_CHUNK_PAGES - 1), end = page + ACTIVE_CHUNK_PAGES;
+	int64_t number = lz_space_find(arena, &task->space, run->start);
+	struct lz_run around;
+
+	(void)lz_remote_ask(remote, worker, task->image_pid, region->image_start + BYTES(run->page), run->offset,
+			    (uint32_t)run->pages, true);
+	while (task->scatter < SCATTER_RANDOM && number >= 0 &&
+	       lz_space_next_missing(arena, &task->space, (uint32_t)number, page, end, ACTIVE_CHUNK_PAGES, &around)) {
+		page = around.page + around.pages;
+		if (around.kind == LZ_KIND_REMOTE)
+			(void)lz_remote_ask(remote, worker, task->image_pid, region->image_start + BYTES(around.page),
+					    around.offset, (uint32_t)around.pages, true);
+	}
+}
+
+/*
+ * Answer one fault. 0: the thread will go on (or fault again); -EINPROGRESS: its page is on its way, and *read says by
+ * which read, or that it comes from the page server; else as install_run. *read on the way in is the read that was
+ * waited for, or LZ_NO_READ.
  */
 static int answer(struct lz_worker *worker, struct lz_task *task, struct lz_fault fault, uint32_t *read)
 {
@@ -192,10 +217,15 @@ static int answer(struct lz_worker *worker, struct lz_task *task, struct lz_faul
 		return -EUCLEAN; /* the state said missing and the table has it */
 	if (pages > 1 && lz_space_next_missing(arena, space, (uint32_t)number, page, page + pages, pages, &run))
 		pages = run.pages;
-	if (run.kind == LZ_KIND_DUMPED) {
+	if (run.kind == LZ_KIND_DUMPED || worker->engine->source[run.source].is_landing) {
 		uint64_t there =
 			lz_resident_bytes(worker, LZ_FOR_WORKER, run.source, run.offset, run.offset + BYTES(run.pages));
 
+		if (!there && run.kind == LZ_KIND_REMOTE) {
+			ask_for_fault(worker, task, region, &run);
+			*read = LZ_REMOTE_READ + (uint32_t)PAGES(run.offset);
+			return -EINPROGRESS;
+		}
 		if (!there && *read == LZ_NO_READ) {
 			/* From a disk: somebody else waits for it. With no one free, or after that, we do. */
 			uint64_t block = run.offset & ~(BYTES(ACTIVE_CHUNK_PAGES) - 1);
@@ -234,12 +264,14 @@ static int answer(struct lz_worker *worker, struct lz_task *task, struct lz_faul
 static void hold_fault(struct lz_worker *worker, struct lz_task *task, struct lz_fault fault, uint64_t since,
 		       uint32_t read)
 {
-	for (uint32_t i = 0; i < worker->pendings; i++) {
-		if (worker->pending[i].task == task && worker->pending[i].fault.address == fault.address &&
-		    read == LZ_NO_READ)
+	/* One that a read was begun for must be kept: its slot is freed by what is kept. */
+	const bool must = read < LZ_READS;
+
+	for (uint32_t i = 0; i < worker->pendings && !must; i++) {
+		if (worker->pending[i].task == task && worker->pending[i].fault.address == fault.address)
 			return;
 	}
-	if (worker->pendings == LZ_PENDING && read == LZ_NO_READ) {
+	if (worker->pendings >= LZ_PENDING && !must) {
 		lz_uffd_wake(task->uffd, fault.address, LZ_PAGE_SIZE); /* it will ask again */
 		return;
 	}
@@ -266,7 +298,7 @@ static void record_latency(struct lz_counters *counters, uint64_t ns)
 void lz_fault_answer(struct lz_worker *worker, struct lz_task *task, struct lz_fault fault, uint64_t since,
 		     uint32_t read)
 {
-	const bool was_read = read != LZ_NO_READ;
+	const bool was_read = read < LZ_READS;
 	int result;
 
 	if (!lz_is_serving(task))
@@ -281,7 +313,7 @@ void lz_fault_answer(struct lz_worker *worker, struct lz_task *task, struct lz_f
 	result = answer(worker, task, fault, &read);
 	lz_helper_release(worker);
 	if (!lz_task_outcome(worker, task, result)) {
-		hold_fault(worker, task, fault, since, was_read ? LZ_NO_READ : read);
+		hold_fault(worker, task, fault, since, was_read && read < LZ_READS ? LZ_NO_READ : read);
 		return;
 	}
 	if (lz_is_serving(task)) {
@@ -291,6 +323,17 @@ void lz_fault_answer(struct lz_worker *worker, struct lz_task *task, struct lz_f
 		record_latency(worker->counters, now - since);
 	}
 }
+
+/* Whether what a fault waits for is done, as far as one can tell. */
+static bool has_come(struct lz_worker *worker, uint32_t read)
+{
+	if (read == LZ_NO_READ)
+		return true;
+	if (read >= LZ_REMOTE_READ)
+		return lz_remote_is_due(&worker->engine->remote, BYTES(read - LZ_REMOTE_READ));
+	return lz_io_take(&worker->engine->io, read);
+}
+
 void lz_fault_retry(struct lz_worker *worker, uint64_t now)
 {
 	uint32_t due = worker->pendings;
@@ -298,11 +341,12 @@ void lz_fault_retry(struct lz_worker *worker, uint64_t now)
 	for (uint32_t i = 0; i < due && i < worker->pendings;) {
 		struct lz_pending pending = worker->pending[i];
 
-		if (now < pending.task->unsettled_ns ||
-		    (pending.read != LZ_NO_READ && !lz_io_take(&worker->engine->io, pending.read))) {
+		if (now < pending.task->unsettled_ns || !has_come(worker, pending.read)) {
 			i++;
 			continue;
 		}
+		if (pending.read != LZ_NO_READ && pending.read >= LZ_REMOTE_READ)
+			pending.read = LZ_NO_READ;
 		worker->pending[i] = worker->pending[--worker->pendings];
 		if (due > worker->pendings)
 			due = worker->pendings;

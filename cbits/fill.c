@@ -16,7 +16,11 @@
 #define CHUNK_COPIES 16U        /* copies in one chunk, however small */
 #define NEAR_PAGES 2048U        /* how far behind a fault the fill looks before it goes on elsewhere */
 #define RATE_BURST_BYTES (1U << 20)
-#define AHEAD_BYTES (4ULL << 20) /* read in one request, and this far before the fill needs it */
+#define ASK_PAGES 256U       /* of a page server in one request, while nobody faults; large ones are served faster */
+#define ASK_ACTIVE_PAGES 32U /* and while somebody does: a fault waits behind the rest of one */
+#define ASK_AHEAD_BYTES (32ULL << 20) /* no more than this may have arrived and not be installed */
+#define REMOTE_ACTIVE_NS 20000000U    /* faults that wait for a page server are further apart */
+#define AHEAD_BYTES (4ULL << 20)      /* read in one request, and this far before the fill needs it */
 
 /* Whether a task has left its layout alone for a while, since it runs. */
 static bool is_quiet(const struct lz_worker *worker, const struct lz_task *task, uint64_t now)
@@ -75,6 +79,8 @@ static void hand_back(struct lz_worker *worker, struct lz_task *task, uint32_t n
 		(void)lz_space_unmap(arena, &task->space, start, end); /* ends at region ends: nothing is cut */
 	lz_events_end_change(task, 0);
 	task->fill_region = 0;
+	task->ask_region = 0;
+	task->ask_page = 0;
 }
 
 /*
@@ -278,6 +284,89 @@ static bool next_to_help(struct lz_worker *worker, struct lz_task *task, struct 
 	return lz_fill_next(worker, task, LZ_JOB_PAGES, run, &number);
 }
 
+/* Ask the page server for the remote pages of a run; returns how many pages of it are dealt with, all if it is local.
+ */
+static uint64_t ask_run(struct lz_worker *worker, struct lz_task *task, const struct lz_region *region,
+			const struct lz_run *run)
+{
+	if (run->kind != LZ_KIND_REMOTE)
+		return run->pages;
+	return lz_remote_ask(&worker->engine->remote, worker, task->image_pid, region->image_start + BYTES(run->page),
+			     run->offset, (uint32_t)run->pages, false);
+}
+
+/* Ask for what the last fault shows to be wanted next. */
+static void ask_near(struct lz_worker *worker, struct lz_task *task, uint64_t most, bool is_active)
+{
+	struct lz_remote *remote = &worker->engine->remote;
+	struct lz_arena *arena = worker->engine->arena;
+	int64_t near = task->near ? lz_space_find(arena, &task->space, task->near) : -1;
+	const struct lz_region *region;
+	uint64_t page, end;
+	struct lz_run run;
+
+	if (near < 0)
+		return;
+	region = lz_space_region(arena, &task->space, (uint32_t)near);
+	page = PAGES(task->near - region->start);
+	end = page + most;
+	while (lz_remote_room(remote, is_active) >= LZ_PAGE_SIZE &&
+	       lz_space_next_missing(arena, &task->space, (uint32_t)near, page, end, ASK_ACTIVE_PAGES, &run)) {
+		uint64_t dealt = ask_run(worker, task, region, &run);
+
+		if (!dealt)
+			return;
+		page = run.page + dealt;
+	}
+}
+
+/* Keep the link to the page server busy with what the fill will want, in its order. */
+static void ask_for_fill(struct lz_worker *worker, struct lz_task *task, bool is_active)
+{
+	struct lz_remote *remote = &worker->engine->remote;
+	struct lz_arena *arena = worker->engine->arena;
+	const uint32_t generation = __atomic_load_n(&remote->link->generation, __ATOMIC_ACQUIRE);
+	const uint64_t most = is_active ? ASK_ACTIVE_PAGES : ASK_PAGES;
+	uint64_t first = UINT64_MAX;
+	struct lz_run run;
+	uint32_t number;
+
+	if (task->near)
+		ask_near(worker, task, NEAR_PAGES, is_active);
+	if (lz_fill_next(worker, task, 1, &run, &number) && run.kind == LZ_KIND_REMOTE)
+		first = run.offset;
+	if (task->ask_generation != generation || (first != UINT64_MAX && !lz_remote_is_asked(remote, first))) {
+		task->ask_generation = generation;
+		task->ask_region = 0;
+		task->ask_page = 0;
+	}
+	while (task->ask_region < task->space.regions && lz_remote_room(remote, is_active) >= LZ_PAGE_SIZE) {
+		const struct lz_region *region = lz_space_region(arena, &task->space, task->ask_region);
+		uint64_t page = task->ask_page > region->fill_page ? task->ask_page : region->fill_page, dealt;
+
+		if (region->flags & LZ_REGION_DONE ||
+		    !lz_space_next_missing(arena, &task->space, task->ask_region, page, region->pages, most, &run)) {
+			task->ask_region++;
+			task->ask_page = 0;
+			continue;
+		}
+		if (run.kind == LZ_KIND_REMOTE && run.offset > first && run.offset - first > ASK_AHEAD_BYTES)
+			return;
+		dealt = ask_run(worker, task, region, &run);
+		if (!dealt)
+			return;
+		task->ask_page = run.page + dealt;
+	}
+}
+
+/* How much of a run can be installed now; 0: none of it has come. */
+static uint64_t arrived_pages(struct lz_worker *worker, const struct lz_run *run)
+{
+	if (run->kind != LZ_KIND_REMOTE || !worker->engine->source[run->source].is_landing)
+		return run->pages;
+	return PAGES(lz_remote_arrived(&worker->engine->remote, run->offset, run->offset + BYTES(run->pages)));
+}
+
 /* Keep the helper in work. */
 static void give_to_helper(struct lz_worker *worker, struct lz_task *task, uint32_t copy_pages, uint64_t now)
 {
@@ -307,12 +396,15 @@ static bool fill_task(struct lz_worker *worker, struct lz_task *task, uint64_t n
 	struct lz_engine *engine = worker->engine;
 	struct lz_arena *arena = engine->arena;
 	const bool is_active = now - task->fault_ns < ACTIVE_NS;
+	const bool is_remote = engine->remote.link;
 	/* Behind a stream of faults goes what it asks for next: there the large copy is the short way. */
 	uint64_t budget = is_active && !(task->near && task->in_stream) ? ACTIVE_FILL_PAGES : IDLE_CHUNK_PAGES;
 	uint64_t allowance = fill_allowance(engine, now), filled = 0;
 
 	if (allowance < LZ_PAGE_SIZE)
 		return false;
+	if (is_remote)
+		ask_for_fill(worker, task, now - task->fault_ns < REMOTE_ACTIVE_NS);
 	if (lz_helper_rests(worker, now) || (is_active && task->scatter >= SCATTER_RANDOM))
 		lz_helper_recall(worker, task);
 	else if (allowance == UINT64_MAX && task->left_pages > HELP_PAGES)
@@ -323,7 +415,8 @@ static bool fill_task(struct lz_worker *worker, struct lz_task *task, uint64_t n
 		struct lz_run run;
 		uint32_t number = 0;
 		int64_t near = task->near ? lz_space_find(arena, &task->space, task->near) : -1;
-		bool found = false;
+		bool found = false, awaited = false; /* what is near is still on its way */
+		uint64_t there;
 		int result;
 
 		if (near >= 0) {
@@ -332,9 +425,11 @@ static bool fill_task(struct lz_worker *worker, struct lz_task *task, uint64_t n
 
 			found = lz_space_next_missing(arena, &task->space, (uint32_t)near, page, page + NEAR_PAGES,
 						      budget - filled, &run);
+			awaited = found && !arrived_pages(worker, &run);
 		}
-		if (!found) {
-			task->near = 0;
+		if (!found || awaited) {
+			if (!awaited)
+				task->near = 0;
 			if (!lz_fill_next(worker, task, budget - filled, &run, &number)) {
 				/* The last of it is with the helper, who may not have a processor. */
 				lz_helper_recall(worker, task);
@@ -342,13 +437,18 @@ static bool fill_task(struct lz_worker *worker, struct lz_task *task, uint64_t n
 					return filled > 0 || lz_fill_done(worker, task);
 			}
 		}
+		there = arrived_pages(worker, &run);
+		if (!there)
+			break;
+		if (run.pages > there)
+			run.pages = there;
 		if (run.kind == LZ_KIND_DUMPED && !fetched_for_fill(worker, &run, !task->near))
 			break;
 		result = lz_install_run(worker, task, &run, LZ_BY_FILL);
 		if (!lz_task_outcome(worker, task, result) || !lz_is_serving(task))
 			break;
 		filled += run.pages;
-		if (near >= 0 && task->near)
+		if (near >= 0 && task->near && !awaited)
 			task->near = run.start + BYTES(run.pages);
 	}
 	__atomic_add_fetch(&engine->shared->fill_spent, BYTES(filled), __ATOMIC_RELAXED);
@@ -369,8 +469,11 @@ static void fill_around(struct lz_worker *worker, struct lz_task *task)
 		uint64_t page = PAGES(task->near - region->start), end = page + most;
 
 		for (uint32_t copies = 0; copies < 4; copies++) {
-			if (!lz_space_next_missing(arena, &task->space, (uint32_t)number, page, end, most, &run))
+			if (!lz_space_next_missing(arena, &task->space, (uint32_t)number, page, end, most, &run) ||
+			    !arrived_pages(worker, &run))
 				break;
+			if (run.pages > arrived_pages(worker, &run))
+				run.pages = arrived_pages(worker, &run);
 			if (!lz_task_outcome(worker, task, lz_install_run(worker, task, &run, LZ_BY_FAULT)) ||
 			    !lz_is_serving(task))
 				return;

@@ -42,6 +42,8 @@ bool lz_source_holds(struct lz_worker *worker, enum lz_for who, uint16_t number,
 {
 	struct lz_source_view *view = &worker->view[who][number];
 
+	if (worker->engine->source[number].is_landing)
+		return true;
 	view->checked_bytes = source_bytes(worker, number);
 	view->checked_ns = lz_now_ns();
 	return view->checked_bytes >= end;
@@ -68,6 +70,8 @@ uint64_t lz_resident_bytes(struct lz_worker *worker, enum lz_for who, uint16_t n
 	uint64_t pages, known = 0;
 	bool is_wide;
 
+	if (source->is_landing)
+		return lz_remote_arrived(&worker->engine->remote, start, end);
 	if (view->start <= start && start < view->end)
 		return (end < view->end ? end : view->end) - start;
 	/*
@@ -139,6 +143,14 @@ static int64_t give_up_pages(struct lz_worker *worker, struct lz_task *task, uin
 	return (int64_t)PAGES(done);
 }
 
+/* What is installed of a page server's pages is of no use any more, unless a fork of the task may want it. */
+static void release_landed(struct lz_worker *worker, const struct lz_task *task, const struct lz_source *source,
+			   uint64_t offset, uint64_t bytes)
+{
+	if (source->is_landing && lz_space_is_alone(worker->engine->arena, &task->space))
+		lz_remote_release(&worker->engine->remote, offset, offset + bytes);
+}
+
 /*
  * Install a run of missing dumped pages. 0 when every page of it is dealt with; -EAGAIN or -ENOMEM to try again later,
  * -ESRCH when the memory is gone, other errors when this task cannot be served.
@@ -150,7 +162,7 @@ int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct 
 	uint64_t start = run->start, offset = run->offset, left = run->pages, most = run->pages;
 	uint64_t readable = run->pages;
 
-	if (run->kind != LZ_KIND_DUMPED)
+	if (run->kind == LZ_KIND_REMOTE && !source->is_landing)
 		return give_up_pages(worker, task, start, left, run->source, -EOPNOTSUPP) < 0 ? -EAGAIN : 0;
 	if (!lz_source_held(worker, LZ_FOR_WORKER, cause, run->source, offset + BYTES(left))) {
 		uint64_t size = source_bytes(worker, run->source);
@@ -161,6 +173,7 @@ int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct 
 	}
 	while (left) {
 		uint64_t pages = left < most ? left : most, done;
+		const uint8_t *bytes = source->map + offset;
 		int result;
 
 		if (!readable) {
@@ -174,8 +187,24 @@ int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct 
 		}
 		if (pages > readable)
 			pages = readable;
+		if (source->is_landing) {
+			uint64_t good = lz_remote_good(&worker->engine->remote, offset, pages);
+			int64_t given = good ? 0 : give_up_pages(worker, task, start, 1, run->source, -ENODATA);
+
+			if (given < 0)
+				return (int)given;
+			if (!good) {
+				start += LZ_PAGE_SIZE;
+				offset += LZ_PAGE_SIZE;
+				left--;
+				readable--;
+				continue;
+			}
+			pages = good;
+			bytes = lz_remote_bytes(&worker->engine->remote, offset, &pages);
+		}
 		LZ_POINT("before-copy", start);
-		result = lz_uffd_copy(task->uffd, start, source->map + offset, BYTES(pages), &done);
+		result = lz_uffd_copy(task->uffd, start, bytes, BYTES(pages), &done);
 		if (done) {
 			LZ_POINT("after-copy", start);
 			lz_task_settle(task);
@@ -183,6 +212,7 @@ int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct 
 			lz_forget_left(task, PAGES(done));
 			lz_count(cause == LZ_BY_FAULT ? &counters->fault_copied_pages : &counters->fill_copied_pages,
 				 PAGES(done));
+			release_landed(worker, task, source, offset, done);
 			if (!lz_source_holds(worker, LZ_FOR_WORKER, run->source, offset + done))
 				lz_notify(worker, (struct lz_notice){ .kind = LZ_NOTICE_SUSPECT,
 								      .task = task->number,
@@ -201,6 +231,7 @@ int lz_install_run(struct lz_worker *worker, struct lz_task *task, const struct 
 			lz_task_settle(task);
 			mark_present(worker, task, start, 1);
 			lz_forget_left(task, 1);
+			release_landed(worker, task, source, offset, LZ_PAGE_SIZE);
 			lz_count(&counters->present_pages, 1);
 			lz_uffd_wake(task->uffd, start, LZ_PAGE_SIZE);
 			break;

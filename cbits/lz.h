@@ -273,6 +273,7 @@ enum lz_notice_kind {
 	LZ_NOTICE_TASK_FAILED = 7, /* the task cannot be served any more: error why; its missing pages are poisoned */
 	LZ_NOTICE_LOST = 8,        /* value notices were dropped because nobody read them */
 	LZ_NOTICE_SUSPECT = 9,     /* pages at address may have been installed from a source that was cut meanwhile */
+	LZ_NOTICE_LINK = 10,       /* the link to the page server is of no use any more: see lz_engine_link() */
 };
 
 struct lz_notice {
@@ -333,6 +334,42 @@ struct lz_engine;
 struct lz_engine *lz_engine_new(const struct lz_config *config, int *error);
 /* Add a pages image: fd is duplicated and mapped. Returns its number, the `source` of extents, or -errno. */
 int lz_engine_add_source(struct lz_engine *engine, int fd);
+
+/* Why a link is of no use any more. */
+enum lz_link_reason {
+	LZ_LINK_FAILED = 1,    /* the error says it */
+	LZ_LINK_ENDED = 2,     /* the other side has hung up */
+	LZ_LINK_COMMAND = 3,   /* an answer that is none: first word found, wanted */
+	LZ_LINK_PID = 4,       /* of another task: pid found, wanted */
+	LZ_LINK_ADDRESS = 5,   /* of other pages: address found, wanted */
+	LZ_LINK_PAGES = 6,     /* of none, or more than were asked for: pages found, wanted at most */
+	LZ_LINK_UNASKED = 7,   /* bytes that nobody asked for */
+	LZ_LINK_UNCOUNTED = 8, /* a process died, and it is not known what it had received */
+};
+
+/* How the link to the page server is. */
+struct lz_link_info {
+	uint64_t bytes;     /* of pages received, over all connections */
+	uint64_t in_flight; /* bytes of pages on their way */
+	uint64_t requests;  /* ever made */
+	uint64_t waiting;   /* of these, how many are not answered */
+	uint64_t round_trip_ns, rate;
+	uint64_t detail[2];
+	uint32_t reason; /* enum lz_link_reason, if error */
+	int32_t error;   /* 0: it is up */
+	uint32_t speaks_lazyd;
+	uint32_t header_bytes;
+	int32_t fd; /* -1: there is none */
+};
+
+/*
+ * Have remote pages come from a page server, over a connected stream on which nothing is on its way; before any task is
+ * prepared. Its descriptor passes on success. header_bytes: 24 or 32. Returns the number of a source, or -errno.
+ */
+int lz_engine_add_remote(struct lz_engine *engine, int fd, uint32_t header_bytes);
+/* Go on over another connection, after a LINK notice: what was on its way is asked again. As above. */
+int lz_engine_relink(struct lz_engine *engine, int fd, uint32_t header_bytes);
+void lz_engine_link(struct lz_engine *engine, struct lz_link_info *info);
 /* Prepare a task: its table and regions are copied in and checked. Returns the task's number or -errno. */
 int lz_engine_prepare(struct lz_engine *engine, int image_pid, const struct lz_extent *extents, uint64_t count,
 		      const struct lz_vma *vmas, uint32_t vma_count);
@@ -352,7 +389,7 @@ void lz_engine_release_reserve(struct lz_engine *engine);
 /* What a descriptor is to the state that is shared. */
 enum lz_descriptor {
 	LZ_DESCRIPTOR_UNKNOWN = 0,
-	LZ_DESCRIPTOR_SERVED = 1, /* the userfaultfd of a task, or of a fork that is not applied yet */
+	LZ_DESCRIPTOR_SERVED = 1, /* the userfaultfd of a task, or of a fork that is not applied yet; or the link's */
 	LZ_DESCRIPTOR_DONE = 2,   /* one that was to be closed, its task having ended, when the process died */
 };
 
@@ -636,6 +673,90 @@ struct lz_stream_format {
  */
 int lz_stream_pages(int pid, int in, const struct lz_page_pipe *pipe, int out, const struct lz_stream_format *format,
 		    struct lz_copy_state *state);
+/* cffi: end */
+
+/* cffi: server */
+#define LZ_LOST_MAX 256
+
+/*
+ * What a page server can send of one task: its flat table, and the pages images by source. All stay the caller's; any
+ * number of threads may use it at once.
+ */
+struct lz_shelf {
+	uint64_t pid;
+	const struct lz_extent *rows;
+	uint64_t count;
+	const int *fds;
+	/* Pages that could not be read; the first LZ_LOST_MAX are never tried again. Of no meaning outside. */
+	uint64_t lost_count;
+	uint64_t lost[LZ_LOST_MAX];
+};
+
+struct lz_page_pipe;
+
+/* Why lz_peer_run() has returned. */
+enum lz_peer_event {
+	LZ_PEER_ENDED = 0,      /* the client hung up between two messages */
+	LZ_PEER_MESSAGE = 1,    /* head is a message that the caller has to answer, or to refuse */
+	LZ_PEER_MISSING = 2,    /* pages that are not here were asked for: told once, and answered */
+	LZ_PEER_UNREADABLE = 3, /* a pages image ended in the middle of an answer, or failed (code): hang up */
+	LZ_PEER_UNWRITTEN = 4,  /* what arrives cannot be kept (code): told once, the rest is read and dropped */
+	LZ_PEER_STALLED =
+		5, /* nothing could be sent, or came of a message that has begun, for a timeout of the socket */
+	LZ_PEER_UNSORTED = 6, /* head is an entry that does not lie behind the one before */
+	LZ_PEER_CROWDED = 7,  /* head is one entry more than an image may have */
+};
+
+/*
+ * One connected client of a page server, and what is on its way. Start with a zeroed one but for fd and header_bytes.
+ * fd is a blocking stream socket; its timeouts (SO_RCVTIMEO, SO_SNDTIMEO) say what a stall is.
+ */
+struct lz_peer {
+	int32_t fd;
+	uint32_t header_bytes; /* 24 or 32 */
+	uint8_t head[32];      /* the message that is worked on, as it came */
+	uint32_t retry;        /* set by the caller: head is to be looked at again, things have changed */
+	int32_t code;          /* errno of LZ_PEER_UNREADABLE (0: it ended) and LZ_PEER_UNWRITTEN */
+	uint64_t address;      /* of LZ_PEER_MISSING, LZ_PEER_UNREADABLE and LZ_PEER_UNSORTED */
+	uint64_t task;         /* of the first two */
+
+	struct lz_shelf **shelves; /* set by the caller: the tasks whose GETs are answered here */
+	uint64_t shelf_count;
+
+	struct lz_page_pipe *pipe; /* set by the caller: the image that entries belong to; NULL: none is open */
+	uint64_t image;            /* its id in messages */
+	int32_t out;               /* its pages image */
+	int32_t broken;            /* set by anyone: keep nothing of what arrives; the errno */
+	uint64_t written_bytes;    /* how much of the pages image is there; reset by the caller */
+
+	/* Since the start. */
+	uint64_t answers;
+	uint64_t sent_bytes; /* of pages */
+	uint64_t zero_bytes; /* of pages, said to be zeros or sent as such */
+	uint64_t missing_answers;
+	uint64_t received_bytes; /* of pages, kept or not */
+
+	/* Of no meaning outside. */
+	uint8_t *input;
+	uint32_t input_at, input_end;
+	uint32_t head_filled; /* of a message that is not complete yet */
+	uint32_t is_corked;
+	uint64_t data_left; /* of an entry, to come */
+	struct lz_shelf *reply_shelf;
+	uint64_t reply_row, reply_at, reply_left; /* bytes of pages of an answer, to be sent */
+	uint32_t reply_head_at, reply_head_left;
+	uint8_t reply_head[32];
+};
+
+/*
+ * Read what the client sends; answer GETs of tasks that have a shelf, and take entries of the open image; until there
+ * is something for the caller: enum lz_peer_event. Goes on where it was when called again. Or -errno of the socket;
+ * -ENODATA: the client hung up in the middle of a message; -ENOMEM.
+ */
+int lz_peer_run(struct lz_peer *peer);
+/* Read the first `bytes` of the next message into head, where they stay for lz_peer_run(). As lz_peer_run(). */
+int lz_peer_peek(struct lz_peer *peer, uint32_t bytes);
+void lz_peer_free(struct lz_peer *peer);
 /* cffi: end */
 
 #endif

@@ -477,6 +477,17 @@ const struct lz_extent *lz_space_extent(struct lz_arena *arena, const struct lz_
 	return NULL;
 }
 
+struct lz_extent *lz_space_rows(struct lz_arena *arena, const struct lz_space *space)
+{
+	return LZ_AT(arena, struct lz_flat_table, space->table_offset)->extents;
+}
+
+bool lz_space_is_alone(struct lz_arena *arena, const struct lz_space *space)
+{
+	return __atomic_load_n(&LZ_AT(arena, struct lz_flat_table, space->table_offset)->references,
+			       __ATOMIC_ACQUIRE) == 1;
+}
+
 uint64_t lz_space_state_run(struct lz_arena *arena, const struct lz_space *space, const struct lz_region *region,
 			    uint64_t page, uint64_t pages, bool missing)
 {
@@ -526,7 +537,7 @@ int lz_space_next_missing(struct lz_arena *arena, struct lz_space *space, uint32
 			.source = row->source,
 			.kind = row->kind,
 		};
-		if (row->kind == LZ_KIND_DUMPED)
+		if (row->kind == LZ_KIND_DUMPED || row->kind == LZ_KIND_REMOTE)
 			run->offset = row->offset + (region->image_start + (low << LZ_PAGE_SHIFT) - row->start);
 		return 1;
 	}

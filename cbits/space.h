@@ -8,6 +8,10 @@
 /* The extent that holds an image address, or NULL and in *gap_end where the next one starts. */
 const struct lz_extent *lz_space_extent(struct lz_arena *arena, const struct lz_space *space, uint64_t image_address,
 					uint64_t *gap_end);
+/* The rows of a space's table, which its forks share. */
+struct lz_extent *lz_space_rows(struct lz_arena *arena, const struct lz_space *space);
+/* Whether a space is the only one that uses its table: it has no forks, or they have ended. */
+bool lz_space_is_alone(struct lz_arena *arena, const struct lz_space *space);
 /* Length in pages of the run from a region's page on, at most `pages`, that is all missing (or all not). */
 uint64_t lz_space_state_run(struct lz_arena *arena, const struct lz_space *space, const struct lz_region *region,
 			    uint64_t page, uint64_t pages, bool missing);

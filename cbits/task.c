@@ -57,7 +57,7 @@ void lz_task_end(struct lz_worker *worker, struct lz_task *task, enum lz_task_st
 		}
 	}
 	for (uint32_t i = 0; i < worker->pendings; i++) {
-		if (worker->pending[i].task != task || worker->pending[i].read != LZ_NO_READ)
+		if (worker->pending[i].task != task || worker->pending[i].read < LZ_READS)
 			worker->pending[kept++] = worker->pending[i];
 	}
 	worker->pendings = kept;

@@ -13,15 +13,20 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
+from lazyd.arguments import Parser, add_telling, count, log_of, options_of, rate
 from lazyd.errors import LazydError, SystemCallError, UsageError
+from lazyd.tls.settings import add_options as add_tls_options
+from lazyd.tls.settings import files_of
+
+if TYPE_CHECKING:
+    from lazyd.source.page_server import PageServer
 
 _USAGE = """\
 lazyd [lazy-pages] -D DIR [options]   serve the memory of a restore; beside `criu restore --lazy-pages`
@@ -31,63 +36,14 @@ lazyd [lazy-pages] -D DIR [options]   serve the memory of a restore; beside `cri
        lazyd dump --pid PID -D DIR           write images of a process (lazyd dump --help)
        lazyd pre-dump --pid PID -D DIR       the same, while it goes on, to dump only changes later
        lazyd restore -D DIR                  build a dumped process again and serve it (lazyd restore --help)
-       lazyd rewind --pid PID -D DIR         put a live process back to its own checkpoint"""
+       lazyd rewind --pid PID -D DIR         put a live process back to its own checkpoint
+       lazyd page-server -D DIR --port N     take dumps, or give out pages (lazyd page-server --help)"""
 _LAST_STANDARD_STREAM = 2
-_REMOTE = (
-    "page_server",
-    "address",
-    "port",
-    "ps_socket",
-    "tls",
-    "tls_cacert",
-    "tls_cacrl",
-    "tls_cert",
-    "tls_key",
-    "tls_no_cn_verify",
-)
 _DEFAULT_VERBOSITY = 3
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-_RATE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?(?:/s)?", re.IGNORECASE)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Leave it to main() to say it in one line."""
-        raise UsageError(f"lazyd: {message} (lazyd --help shows the options)")
-
-
-class _Help(argparse.HelpFormatter):
-    """As wide as the terminal. argparse asks shutil how wide that is, whose import every start would wait for."""
-
-    def __init__(self, prog: str) -> None:
-        try:
-            columns = os.get_terminal_size().columns
-        except OSError:
-            columns = 0
-        super().__init__(prog, width=(columns or 120) - 2)
-
-
-class _Verbosity(argparse.Action):
-    """Count -v as criu does: each one more; -vN, taken apart by _spell_out, says it outright."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[str] | None,
-        option_string: str | None = None,
-    ) -> None:
-        if isinstance(values, str):
-            if not values.isdigit():
-                parser.error(f"--verbosity={values}: not a number")
-            namespace.verbosity = int(values)
-        else:
-            namespace.verbosity = (namespace.verbosity or 0) + 1
-
-
-def _make_parser() -> _Parser:
-    parser = _Parser(prog="lazyd", usage=_USAGE, add_help=False, formatter_class=_Help)
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+def _make_parser() -> Parser:
+    parser = Parser("lazyd", _USAGE)
     files = parser.add_argument_group("files")
     files.add_argument("-D", "--images-dir", "--images", metavar="DIR", type=Path, help="directory of the images")
     files.add_argument("-W", "--work-dir", metavar="DIR", type=Path, help="where the socket and logs go (as -D)")
@@ -97,8 +53,8 @@ def _make_parser() -> _Parser:
 
     serving = parser.add_argument_group("serving")
     serving.add_argument("--fill", choices=("full", "off"), help="fill in the background (full), or only on demand")
-    serving.add_argument("--fill-rate", metavar="BYTES", type=_rate, help="bytes a second, as 512K, 64M or 2G")
-    serving.add_argument("--workers", metavar="N", type=_count, help="threads (as many as cores, at most 4)")
+    serving.add_argument("--fill-rate", metavar="BYTES", type=rate, help="bytes a second, as 512K, 64M or 2G")
+    serving.add_argument("--workers", metavar="N", type=count, help="threads (as many as cores, at most 4)")
     serving.add_argument(
         "--pagemap-format",
         choices=("auto", "booleans", "flags"),
@@ -106,19 +62,16 @@ def _make_parser() -> _Parser:
     )
 
     attaching = parser.add_argument_group("attaching to a process that is restored and stands empty")
-    attaching.add_argument("-t", "--pid", metavar="PID", type=_count, help="serve this process, without a restorer")
-    attaching.add_argument("--image-pid", metavar="PID", type=_count, help="its pid in the images, if it is another")
+    attaching.add_argument("-t", "--pid", metavar="PID", type=count, help="serve this process, without a restorer")
+    attaching.add_argument("--image-pid", metavar="PID", type=count, help="its pid in the images, if it is another")
     attaching.add_argument("--tree", action="store_true", help="its children and theirs too")
     attaching.add_argument("--drop-pages", action="store_true", help="drop pages that it has where it should be empty")
 
     running = parser.add_argument_group("running")
     running.add_argument("-d", "--daemon", action="store_true", help="go into the background once listening")
-    running.add_argument("--status-fd", metavar="FD", type=_count, help="write one zero byte there once listening")
-    running.add_argument("-v", action=_Verbosity, nargs=0, dest="verbosity", help="-v1 errors … -v4 debugging (-v3)")
-    running.add_argument("--verbosity", action=_Verbosity, metavar="N", help=argparse.SUPPRESS)
-    running.add_argument("--no-progress", action="store_true", help="no bar and no progress lines")
+    running.add_argument("--status-fd", metavar="FD", type=count, help="write one zero byte there once listening")
+    add_telling(running, _DEFAULT_VERBOSITY)
     running.add_argument("--json", action="store_true", help="show: for programs")
-    running.add_argument("-h", "--help", action="help", help="show this and exit")
     running.add_argument("-V", "--version", action="store_true", help="show the version and exit")
 
     criu = parser.add_argument_group("taken as criu takes them")
@@ -126,44 +79,24 @@ def _make_parser() -> _Parser:
     criu.add_argument("--no-default-config", action="store_true", help="do not read criu's configuration files")
     criu.add_argument("-j", "--shell-job", action="store_true", help="no meaning here")
 
-    remote = parser.add_argument_group("pages from a page server (not built yet)")
-    remote.add_argument("--page-server", action="store_true")
-    remote.add_argument("--address", metavar="HOST")
-    remote.add_argument("--port", metavar="N")
-    remote.add_argument("--ps-socket", metavar="FD")
-    remote.add_argument("--tls", action="store_true")
-    for name in ("--tls-cacert", "--tls-cacrl", "--tls-cert", "--tls-key"):
-        remote.add_argument(name, metavar="FILE")
-    remote.add_argument("--tls-no-cn-verify", action="store_true")
+    remote = parser.add_argument_group("pages from a page server, such as criu dump --lazy-pages")
+    remote.add_argument("--page-server", action="store_true", help="fill what the images lack from there")
+    remote.add_argument("--address", metavar="HOST", help="where it listens (127.0.0.1)")
+    remote.add_argument("--port", metavar="N", type=count)
+    remote.add_argument("--ps-socket", metavar="FD", type=count, help="a connection to it that is there already")
+    remote.add_argument(
+        "--page-server-header", metavar="BYTES", choices=("24", "32"), help="24: criu up to 4.1 (as the images tell)"
+    )
+    remote.add_argument(
+        "--on-source-loss",
+        choices=("hold", "kill"),
+        help="if missing pages cannot be had any more: tasks that touch them wait (hold), or all are killed",
+    )
+    add_tls_options(remote)
     return parser
 
 
-def _rate(text: str) -> int:
-    match = _RATE.fullmatch(text.strip())
-    if match is None or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text}: not a rate such as 64M")
-    return max(1, int(float(match[1]) * _UNITS[match[2].upper()]))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text}: not a number")
-    return int(text)
-
-
-def _spell_out(arguments: Sequence[str]) -> list[str]:
-    """Replace what argparse cannot: an option whose value is optional and joined (-v4, --verbosity)."""
-    spelled = []
-    for argument in arguments:
-        if match := re.fullmatch(r"-([dj]*)v(\d+)", argument):
-            spelled += [f"-{match[1]}"] if match[1] else []
-            spelled.append(f"--verbosity={match[2]}")
-        else:
-            spelled.append("-v" if argument == "--verbosity" else argument)
-    return spelled
-
-
-def _config_arguments(path: Path, parser: _Parser) -> list[str]:
+def _config_arguments(path: Path, parser: Parser) -> list[str]:
     """Return the options of a configuration file that mean something here: `name value` lines, # comments."""
     import shlex  # noqa: PLC0415  few have such a file
 
@@ -180,7 +113,7 @@ def _config_arguments(path: Path, parser: _Parser) -> list[str]:
         option = f"--{words[0]}" if words else ""
         if option in parser._option_string_actions and option not in ("--help", "--config"):
             arguments += [option] if len(words) == 1 else [f"{option}={' '.join(words[1:])}"]
-    return _spell_out(arguments)
+    return arguments
 
 
 def _default_configs() -> list[Path]:
@@ -195,8 +128,7 @@ def _default_configs() -> list[Path]:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse a command line, which wins over configuration files; UsageError if it makes no sense."""
     parser = _make_parser()
-    spelled = _spell_out(arguments)
-    given = parser.parse_intermixed_args(spelled)
+    given = parser.parse_words(arguments)
     configs = [] if given.no_default_config else _default_configs()
     if variable := os.environ.get("CRIU_CONFIG_FILE"):
         configs.append(Path(variable))
@@ -204,7 +136,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         configs.append(given.config)
     extra = [argument for path in configs for argument in _config_arguments(path, parser)]
     if extra:
-        defaults = parser.parse_intermixed_args(extra)
+        defaults = parser.parse_words(extra)
         for name, value in vars(defaults).items():
             if getattr(given, name) in (None, False):
                 setattr(given, name, value)
@@ -266,9 +198,6 @@ def _verify(given: argparse.Namespace) -> int:
 def _lazy_pages(given: argparse.Namespace) -> int:
     if given.json:
         raise UsageError("lazyd: --json is for show; the statistics of a restore go to --stats FILE")
-    for name in _REMOTE:
-        if getattr(given, name):
-            raise UsageError(f"lazyd: --{name.replace('_', '-')}: pages from a page server are not built yet")
     if len(given.words) > 1:
         raise UsageError(f"lazyd: {given.words[1]}: one word too many")
     if given.images_dir is None:
@@ -283,44 +212,51 @@ def _lazy_pages(given: argparse.Namespace) -> int:
     elif given.tree and given.image_pid:
         raise UsageError("lazyd: --image-pid names one task; --tree finds all by the pids that they had")
 
-    from lazyd.daemon import Attach, Options, serve  # noqa: PLC0415  see the head of this module
-    from lazyd.report import Log, Show  # noqa: PLC0415
-    from lazyd.session import Settings  # noqa: PLC0415
-    from lazyd.uffd import Fill  # noqa: PLC0415
+    from lazyd.daemon import Attach, serve  # noqa: PLC0415  see the head of this module
 
-    show = Show.LINES
-    if given.no_progress:
-        show = Show.NOTHING
-    elif sys.stderr.isatty() and given.log_file is None and not given.daemon:
-        show = Show.BAR
-    settings = Settings(
-        images=given.images_dir,
-        dialect=given.pagemap_format or "auto",
-        fill=Fill.OFF if given.fill == "off" else Fill.FULL,
-        fill_rate=given.fill_rate or 0,
-        workers=given.workers or 0,
+    options = options_of(given)
+    settings = options.settings._replace(server=_page_server(given), kill_on_loss=given.on_source_loss == "kill")
+    options = options._replace(settings=settings)
+    if given.pid is not None:
+        attach = Attach(given.pid, given.image_pid or 0, given.tree, given.drop_pages)
+        options = options._replace(attach=attach)
+    return serve(options, log_of(given, _DEFAULT_VERBOSITY))
+
+
+_PORT_MAX = 65535
+
+
+def _page_server(given: argparse.Namespace) -> PageServer | None:
+    """Return where pages come from that the images lack; None: nowhere."""
+    tls = files_of(given)
+    if not given.page_server:
+        for name in ("address", "port", "ps_socket", "page_server_header", "on_source_loss", "tls"):
+            if getattr(given, name) not in (None, False):
+                raise UsageError(f"lazyd: --{name.replace('_', '-')} is about --page-server")
+        return None
+    if given.ps_socket is None and not 0 < (given.port or 0) <= _PORT_MAX:
+        raise UsageError(f"lazyd: --page-server: --port N is needed, 1 to {_PORT_MAX}, or --ps-socket FD")
+
+    from lazyd.source.page_server import PageServer  # noqa: PLC0415  see the head of this module
+    from lazyd.wire import HeaderSize  # noqa: PLC0415
+
+    return PageServer(
+        tls=tls,
+        host=given.address or "127.0.0.1",
+        port=given.port or 0,
+        inherited=-1 if given.ps_socket is None else given.ps_socket,
+        header=None if given.page_server_header is None else HeaderSize(int(given.page_server_header)),
     )
-    options = Options(
-        settings=settings,
-        work=given.work_dir if given.work_dir is not None else given.images_dir,
-        log_file=given.log_file,
-        pidfile=given.pidfile,
-        status_fd=given.status_fd,
-        statistics=given.stats,
-        is_daemon=given.daemon,
-        show=show,
-        attach=None if given.pid is None else Attach(given.pid, given.image_pid or 0, given.tree, given.drop_pages),
-    )
-    return serve(options, Log(_DEFAULT_VERBOSITY if given.verbosity is None else given.verbosity))
 
 
 _DUMPING = ("dump", "pre-dump")
 _RESTORING = ("restore", "rewind")
-_WITH_OWN_OPTIONS = (*_DUMPING, *_RESTORING)
+_SERVING = "page-server"
+_WITH_OWN_OPTIONS = (*_DUMPING, *_RESTORING, _SERVING)
 
 
 class _Verb(Enum):
-    """The first word, and what it starts. Those that have options of their own are in cli_dump and cli_restore."""
+    """The first word, and what it starts. Those that have options of their own are in cli_dump, -_restore, -_serve."""
 
     LAZY_PAGES = "lazy-pages"
     SHOW = "show"
@@ -336,13 +272,17 @@ _VERBS: dict[_Verb, Callable[[argparse.Namespace], int]] = {
 
 def _run(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in _DUMPING:
-        from lazyd.cli_dump import run  # noqa: PLC0415  see the head of this module
+        from lazyd import cli_dump  # noqa: PLC0415  see the head of this module
 
-        return run(arguments, _spell_out, _Verbosity)
+        return cli_dump.run(arguments)
     if arguments and arguments[0] in _RESTORING:
         from lazyd import cli_restore  # noqa: PLC0415  see the head of this module
 
-        return cli_restore.run(arguments, _spell_out, _Verbosity, _rate)
+        return cli_restore.run(arguments)
+    if arguments and arguments[0] == _SERVING:
+        from lazyd import cli_serve  # noqa: PLC0415  see the head of this module
+
+        return cli_serve.run(arguments)
     given = parse(arguments)
     if given.version:
         from lazyd.report import version  # noqa: PLC0415

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from lazyd.arguments import Parser, add_telling, log_of, show_of
 from lazyd.errors import LazydError, UsageError
+from lazyd.tls.settings import add_options, files_of
 
 if TYPE_CHECKING:
     from lazyd.report import Log
@@ -22,15 +23,8 @@ _DEFAULT_VERBOSITY = 2
 _PORT_MAX = 65535
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Leave it to main() to say it in one line."""
-        raise UsageError(f"lazyd dump: {message} (lazyd dump --help shows the options)")
-
-
-def _make_parser(verbosity: type[argparse.Action]) -> _Parser:
-    parser = _Parser(prog="lazyd dump", usage=_USAGE, add_help=False)
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+def _make_parser() -> Parser:
+    parser = Parser("lazyd dump", _USAGE)
     what = parser.add_argument_group("what")
     what.add_argument("-t", "--pid", metavar="PID", type=int, help="the process")
     what.add_argument("--tree", action="store_true", help="its children and theirs too")
@@ -57,23 +51,19 @@ def _make_parser(verbosity: type[argparse.Action]) -> _Parser:
         choices=("24", "32"),
         help="bytes of its messages' headers: 24 for criu up to 4.1 (the default), 32 from 4.2 on",
     )
+    add_options(remote)
     telling = parser.add_argument_group("telling")
     telling.add_argument("-o", "--log-file", metavar="FILE", type=Path, help="log to this file in the images' folder")
     telling.add_argument("--stats", metavar="FILE", type=Path, help="write what was dumped as JSON")
-    telling.add_argument("-v", action=verbosity, nargs=0, dest="verbosity", help="-v1 errors … -v4 debugging (-v2)")
-    telling.add_argument("--verbosity", action=verbosity, metavar="N", help=argparse.SUPPRESS)
-    telling.add_argument("--no-progress", action="store_true", help="no bar and no progress lines")
-    telling.add_argument("-h", "--help", action="help", help="show this and exit")
+    add_telling(telling, _DEFAULT_VERBOSITY)
     criu = parser.add_argument_group("taken as criu takes them")
     criu.add_argument("-j", "--shell-job", action="store_true", help="no meaning here: a terminal is always dumped")
     return parser
 
 
-def parse(
-    arguments: Sequence[str], spell_out: Callable[[Sequence[str]], list[str]], verbosity: type[argparse.Action]
-) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse a command line whose verb is dump or pre-dump; UsageError if it makes no sense."""
-    given = _make_parser(verbosity).parse_intermixed_args(spell_out(arguments))
+    given = _make_parser().parse_words(arguments)
     if len(given.words) != 1:
         raise UsageError(f"lazyd: {given.words[1]}: one word too many")
     verb = given.words[0]
@@ -102,8 +92,8 @@ def parse(
                 raise UsageError(f"lazyd {verb}: --{option} is about images here, --page-server puts them elsewhere")
         if verb == "pre-dump":
             raise UsageError("lazyd pre-dump: --page-server: what is tracked is bound to images here")
-    elif given.address or given.port or given.page_server_header:
-        raise UsageError(f"lazyd {verb}: --address, --port and --page-server-header are for --page-server")
+    elif given.address or given.port or given.page_server_header or given.tls:
+        raise UsageError(f"lazyd {verb}: --address, --port, --page-server-header and --tls are for --page-server")
     return given
 
 
@@ -121,15 +111,13 @@ def _open_log(log: Log, directory: Path, name: Path) -> None:
         raise
 
 
-def run(
-    arguments: Sequence[str], spell_out: Callable[[Sequence[str]], list[str]], verbosity: type[argparse.Action]
-) -> int:
+def run(arguments: Sequence[str]) -> int:
     """Run dump or pre-dump."""
-    given = parse(arguments, spell_out, verbosity)
+    given = parse(arguments)
 
     from lazyd.dump.core import PagemapFormat  # noqa: PLC0415  users of other verbs do not wait for it
     from lazyd.dump.run import DIALECTS, After, Settings, dump, statistics, summary_lines  # noqa: PLC0415
-    from lazyd.report import Log, Show, write_statistics  # noqa: PLC0415
+    from lazyd.report import write_statistics  # noqa: PLC0415
 
     is_pre_dump = given.words[0] == "pre-dump"
     after = After.KILL
@@ -137,12 +125,7 @@ def run(
         after = After.RUN
     elif given.leave_stopped:
         after = After.STOP
-    show = Show.LINES
-    if given.no_progress:
-        show = Show.NOTHING
-    elif sys.stderr.isatty() and given.log_file is None:
-        show = Show.BAR
-    log = Log(_DEFAULT_VERBOSITY if given.verbosity is None else given.verbosity)
+    log = log_of(given, _DEFAULT_VERBOSITY)
     if given.stats is not None and not given.stats.absolute().parent.is_dir():
         raise UsageError(f"{given.stats}: no such directory for the statistics")
     may_hold = []
@@ -159,8 +142,9 @@ def run(
         form=PagemapFormat(DIALECTS[given.pagemap_format]),
         auto_dedup=given.auto_dedup,
         page_server=(given.address, given.port, int(given.page_server_header or 24)) if given.page_server else None,
+        tls=files_of(given),
         may_hold=may_hold,
-        show=show,
+        show=show_of(given, is_daemon=False),
     )
     dumped = dump(settings, log)
     for line in summary_lines(dumped):

@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import argparse
-import gc
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from lazyd.arguments import Parser, add_telling, count, log_of, options_of, rate
 from lazyd.errors import UsageError
 
 _USAGE = """\
@@ -20,15 +18,8 @@ lazyd restore -D DIR [options]             build the process again; it runs at o
 _DEFAULT_VERBOSITY = 2
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Leave it to main() to say it in one line."""
-        raise UsageError(f"lazyd restore: {message} (lazyd restore --help shows the options)")
-
-
-def _make_parser(verbosity: type[argparse.Action], rate: Callable[[str], int]) -> _Parser:
-    parser = _Parser(prog="lazyd restore", usage=_USAGE, add_help=False)
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+def _make_parser() -> Parser:
+    parser = Parser("lazyd restore", _USAGE)
     images = parser.add_argument_group("images")
     images.add_argument("-D", "--images-dir", "--images", metavar="DIR", type=Path, help="directory of the images")
     images.add_argument(
@@ -44,31 +35,26 @@ def _make_parser(verbosity: type[argparse.Action], rate: Callable[[str], int]) -
     serving = parser.add_argument_group("serving, until all memory is there")
     serving.add_argument("--fill", choices=("full", "off"), help="fill in the background (full), or only on demand")
     serving.add_argument("--fill-rate", metavar="BYTES", type=rate, help="bytes a second, as 512K, 64M or 2G")
+    serving.add_argument("--workers", metavar="N", type=count, help="threads (as many as cores, at most 4)")
     serving.add_argument("-d", "--daemon", action="store_true", help="go into the background once the process runs")
     serving.add_argument("--pidfile", metavar="FILE", type=Path, help="write lazyd's pid to this file")
-    serving.add_argument("--status-fd", metavar="FD", type=int, help="write one zero byte there once the process runs")
+    serving.add_argument(
+        "--status-fd", metavar="FD", type=count, help="write one zero byte there once the process runs"
+    )
     telling = parser.add_argument_group("telling")
     telling.add_argument("-W", "--work-dir", metavar="DIR", type=Path, help="where pidfile and log go (as -D)")
     telling.add_argument("-o", "--log-file", metavar="FILE", type=Path, help="log to this file in the work directory")
     telling.add_argument("--stats", metavar="FILE", type=Path, help="write the closing statistics as JSON")
-    telling.add_argument("-v", action=verbosity, nargs=0, dest="verbosity", help="-v1 errors … -v4 debugging (-v2)")
-    telling.add_argument("--verbosity", action=verbosity, metavar="N", help=argparse.SUPPRESS)
-    telling.add_argument("--no-progress", action="store_true", help="no bar and no progress lines")
-    telling.add_argument("-h", "--help", action="help", help="show this and exit")
+    add_telling(telling, _DEFAULT_VERBOSITY)
     criu = parser.add_argument_group("taken as criu takes them")
     criu.add_argument("-j", "--shell-job", action="store_true", help="no meaning here: a terminal is always handed on")
     criu.add_argument("--lazy-pages", action="store_true", help="no meaning here: lazy is what it is without --eager")
     return parser
 
 
-def parse(
-    arguments: Sequence[str],
-    spell_out: Callable[[Sequence[str]], list[str]],
-    verbosity: type[argparse.Action],
-    rate: Callable[[str], int],
-) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse a command line whose verb is restore or rewind; UsageError if it makes no sense."""
-    given = _make_parser(verbosity, rate).parse_intermixed_args(spell_out(arguments))
+    given = _make_parser().parse_words(arguments)
     if len(given.words) != 1:
         raise UsageError(f"lazyd: {given.words[1]}: one word too many")
     if given.images_dir is None:
@@ -82,7 +68,7 @@ def parse(
         raise UsageError("lazyd restore: the process gets the pid that it had; --pid is for lazyd rewind")
     if given.eager or given.stopped:
         which = "--eager" if given.eager else "--stopped"
-        for name in ("fill", "fill_rate", "daemon", "pidfile", "stats", "lazy_pages"):
+        for name in ("fill", "fill_rate", "daemon", "pidfile", "stats", "workers", "lazy_pages"):
             if getattr(given, name):
                 raise UsageError(f"lazyd restore: --{name.replace('_', '-')} is about serving, {which} serves nothing")
     if given.fill == "off" and given.fill_rate:
@@ -90,39 +76,14 @@ def parse(
     return given
 
 
-def run(
-    arguments: Sequence[str],
-    spell_out: Callable[[Sequence[str]], list[str]],
-    verbosity: type[argparse.Action],
-    rate: Callable[[str], int],
-) -> int:
+def run(arguments: Sequence[str]) -> int:
     """Run restore or rewind."""
-    given = parse(arguments, spell_out, verbosity, rate)
-    gc.disable()  # all that is imported stays: to look for garbage in it takes a tenth of the start
+    given = parse(arguments)
 
-    from lazyd.daemon import Announcement, Options, Restore, serve  # noqa: PLC0415  users of other verbs do not wait for it
-    from lazyd.report import Log, Show  # noqa: PLC0415
-    from lazyd.session import Settings  # noqa: PLC0415
-    from lazyd.uffd import Fill  # noqa: PLC0415
+    from lazyd.daemon import Announcement, Restore, serve  # noqa: PLC0415  users of other verbs do not wait for it
 
-    show = Show.LINES
-    if given.no_progress:
-        show = Show.NOTHING
-    elif sys.stderr.isatty() and given.log_file is None and not given.daemon:
-        show = Show.BAR
-    fill = Fill.OFF if given.fill == "off" else Fill.FULL
-    options = Options(
-        settings=Settings(given.images_dir, given.pagemap_format, fill, given.fill_rate or 0, workers=0),
-        work=given.work_dir if given.work_dir is not None else given.images_dir,
-        log_file=given.log_file,
-        pidfile=given.pidfile,
-        status_fd=given.status_fd,
-        statistics=given.stats,
-        is_daemon=given.daemon,
-        show=show,
-        restore=Restore(given.pid or 0),
-    )
-    log = Log(_DEFAULT_VERBOSITY if given.verbosity is None else given.verbosity)
+    options = options_of(given)._replace(restore=Restore(given.pid or 0))
+    log = log_of(given, _DEFAULT_VERBOSITY)
     if not (given.eager or given.stopped):
         return serve(options, log)
     if given.log_file is not None:
@@ -130,7 +91,7 @@ def run(
 
     from lazyd.restore.build import restore_alone  # noqa: PLC0415  only these two ways need it at once
 
-    announcement = Announcement(options)
+    announcement = Announcement(options.pidfile, options.status_fd)
     pid, warning = restore_alone(given.images_dir, given.pagemap_format, is_eager=given.eager, stopped=given.stopped)
     if warning:
         log.warning(warning)

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from lazyd.errors import LazydError, SystemCallError
 from lazyd.keeper import Guard, Life, Work, flush, keep
@@ -33,6 +33,7 @@ from lazyd.restore_socket import Listener
 from lazyd.session import Session, Settings
 from lazyd.session.signals import hold_signals
 from lazyd.target import Attached
+from lazyd.tuples import NamedTuple
 from lazyd.uffd import check_permission
 
 
@@ -73,10 +74,10 @@ class Restore(NamedTuple):
 class Announcement:
     """Where others learn that the socket listens; files are opened early, so that none fails too late."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, pidfile: Path | None, status_fd: int | None) -> None:
         """Open what is to be written."""
-        self._status_fd = options.status_fd
-        self._path = options.pidfile
+        self._status_fd = status_fd
+        self._path = pidfile
         self._pidfile: int | None = None
         if self._path is not None:
             try:
@@ -114,7 +115,7 @@ class Announcement:
                 os.close(self._status_fd)
 
 
-def _check_outputs(status_fd: int | None, statistics_path: Path | None) -> None:
+def check_outputs(status_fd: int | None, statistics_path: Path | None) -> None:
     """Refuse what could not be written later.
 
     Call it before anything is opened: a number that nobody passed would be one of our own descriptors then. The
@@ -142,7 +143,7 @@ def serve(options: Options, log: Log) -> int:
     """Serve one restore and return the exit code."""
     statistics_path = options.statistics.absolute() if options.statistics is not None else None
     try:
-        _check_outputs(options.status_fd, statistics_path)
+        check_outputs(options.status_fd, statistics_path)
     except LazydError as error:
         log.error(str(error))
         return error.exit_code
@@ -186,10 +187,10 @@ def _serve(options: Options, log: Log, statistics_path: Path | None) -> int:
         # In the parent of a daemon the name must stay.
         stack.callback(listener.close)
         pidfile = None if options.pidfile is None else work / options.pidfile
-        announcement = Announcement(options._replace(pidfile=pidfile))
+        announcement = Announcement(pidfile, options.status_fd)
         ready = None
         if options.is_daemon:
-            ready = _into_background(listener.unlink)
+            ready = into_background(listener.unlink)
             if ready is None:
                 return 0
         stack.callback(listener.unlink)
@@ -197,7 +198,7 @@ def _serve(options: Options, log: Log, statistics_path: Path | None) -> int:
         announcement.write()
         session.note_listening()
         if ready is not None:
-            _leave_terminal(log)
+            leave_terminal(log)
             os.write(ready, b"\0")
             os.close(ready)
 
@@ -314,10 +315,10 @@ def _serve_held(options: Options, serving: _Serving, log: Log, progress: Progres
     settings = options.settings._replace(attach=serving.image_pids)
     with Session(settings, log, progress) as session:
         pidfile = None if options.pidfile is None else options.work.absolute() / options.pidfile
-        announcement = Announcement(options._replace(pidfile=pidfile))
+        announcement = Announcement(pidfile, options.status_fd)
         ready = None
         if options.is_daemon:
-            ready = _into_background(lambda: None)
+            ready = into_background(lambda: None)
             if ready is None:
                 return 0
         hold_signals()
@@ -341,7 +342,7 @@ def _serve_held(options: Options, serving: _Serving, log: Log, progress: Progres
                 if serving.said:
                     log.message(serving.said)
                 if ready is not None:
-                    _leave_terminal(log)
+                    leave_terminal(log)
                     os.write(ready, b"\0")
                     os.close(ready)
                 if serving.after is not None:
@@ -370,7 +371,7 @@ def _serve_held(options: Options, serving: _Serving, log: Log, progress: Progres
             os._exit(code)
 
 
-def _into_background(clean_up: Callable[[], None]) -> int | None:
+def into_background(clean_up: Callable[[], None]) -> int | None:
     """Fork. The child gets where to write one byte once it listens; the parent waits for it and gets None.
 
     clean_up: what is left to do in the parent if the child has failed.
@@ -392,7 +393,8 @@ def _into_background(clean_up: Callable[[], None]) -> int | None:
     raise SystemExit(1)
 
 
-def _leave_terminal(log: Log) -> None:
+def leave_terminal(log: Log) -> None:
+    """Let go of the standard streams: whoever started this does not read them any more."""
     log.detach()
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):

@@ -58,6 +58,15 @@ class ProtocolError(LazydError):
         super().__init__(f"{peer}: {reason}")
 
 
+class TlsError(LazydError):
+    """A certificate, a key or a peer that TLS does not get along with. `where` names the file or the peer."""
+
+    def __init__(self, where: Path | str, reason: str) -> None:
+        self.where = where
+        self.reason = reason
+        super().__init__(f"{where}: {reason}")
+
+
 class SystemCallError(LazydError):
     """A system call that failed for a reason the user can act on. `number` is the errno."""
 

@@ -39,6 +39,7 @@ tasks read zeros.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import select
 import signal
@@ -47,9 +48,10 @@ import time
 from collections.abc import Callable
 from enum import Enum, IntEnum
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from lazyd.errors import SystemCallError
+from lazyd.tuples import NamedTuple
 from lazyd.uffd import SharedWords, fork_keeping_fds, open_signals
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
@@ -128,6 +130,8 @@ def keep(work: Work) -> int:
     this process must not come to its end by an exception: it would take a holder of the userfaultfds along. So what
     can fail here is tried again or passed over.
     """
+    gc.freeze()  # what was made to get here stays
+    gc.enable()
     return _Family(work).run()
 
 

@@ -22,6 +22,8 @@ The statistics are one JSON object. Times are seconds since the start of lazyd, 
     tasks             a list: number, image_pid, pid (0: not known), parent (number or null), status,
                       image_pages, left_pages
     problems          a list of lines, as they were logged
+    page_server       what came from there: bytes, requests, round_trip_ns (the shortest, from a request to the
+                      first byte of its answer); null without one
 """
 
 from __future__ import annotations
@@ -33,15 +35,16 @@ import time
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lazyd.errors import SystemCallError
+from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE, human_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
-    from lazyd.uffd import TaskInfo, Totals
+    from lazyd.uffd import LinkInfo, TaskInfo, Totals
 
 LINE_INTERVAL_S = 1.0
 DRAW_INTERVAL_S = 0.1
@@ -328,6 +331,8 @@ class Outcome(NamedTuple):
     totals: Totals | None
     tasks: Sequence[TaskInfo]
     problems: Sequence[str]
+    link: LinkInfo | None = None
+    """How the link to a page server was, if there was one."""
 
 
 def statistics(outcome: Outcome) -> dict[str, Any]:
@@ -372,6 +377,13 @@ def statistics(outcome: Outcome) -> dict[str, Any]:
             for number, task in enumerate(outcome.tasks)
         ],
         "problems": list(outcome.problems),
+        "page_server": None
+        if outcome.link is None
+        else {
+            "bytes": outcome.link.bytes,
+            "requests": outcome.link.requests,
+            "round_trip_ns": outcome.link.round_trip_ns,
+        },
     }
 
 
@@ -427,6 +439,11 @@ def summary_lines(outcome: Outcome) -> list[str]:
     rate = fill_rate(outcome)
     if rate is not None:
         lines.append(f"fill: {human_bytes(rate)}/s in the background")
+    if outcome.link is not None:
+        lines.append(
+            f"page server: {human_bytes(outcome.link.bytes)} in {outcome.link.requests} requests,"
+            f" round trip {outcome.link.round_trip_ns / 1e6:.3g} ms"
+        )
     lines.append(
         f"events: {totals.forks} forks, {totals.remaps} remaps, {totals.removes} removes,"
         f" {totals.unmaps} unmaps; {totals.again} answers waited for a changing layout"

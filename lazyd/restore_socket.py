@@ -21,15 +21,19 @@ from __future__ import annotations
 import array
 import contextlib
 import os
-import socket
 import struct
 from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+from lazyd.deferred import defer
 from lazyd.errors import LazydError, ProtocolError, SystemCallError
+from lazyd.tuples import NamedTuple
+
+defer("socket")  # where tasks are attached to or made, nobody comes to it
+import socket  # noqa: E402
 
 SOCKET_NAME = "lazy-pages.socket"
 RESTORE_FINISHED = 0x52535446

@@ -7,7 +7,9 @@ differ, so they are two types that only `session` and the engine may relate.
 
 from __future__ import annotations
 
-from typing import NamedTuple, NewType
+from typing import NewType
+
+from lazyd.tuples import NamedTuple
 
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT

@@ -27,6 +27,7 @@ MODULES = {
     "_engine": ("lazyd.uffd._engine", "engine"),
     "_target": ("lazyd.target._target", "target"),
     "_memory": ("lazyd.dump._memory", "memory"),
+    "_server": ("lazyd.serve._server", "server"),
 }
 
 

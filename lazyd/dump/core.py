@@ -12,11 +12,12 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 from lazyd.dump._memory import ffi, lib
 from lazyd.errors import DumpError, SystemCallError
 from lazyd.image import Dialect, ExtentTable
+from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE
 
 
@@ -126,6 +127,11 @@ class PagePipe:
             raise ValueError(f"{start:#x} does not lie behind what was added before")
         if result < 0:
             raise MemoryError
+
+    @property
+    def pointer(self) -> int:
+        """The address of its struct lz_page_pipe, for other compiled modules."""
+        return int(ffi.cast("uintptr_t", self._raw))
 
     def pages(self, kind: PageKind) -> int:
         """Return how many pages of a kind there are."""

@@ -26,7 +26,7 @@ import stat
 import struct
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from lazyd.image.buildid import build_id_words, read_build_id
 from lazyd.image.encode import Record, SmallImage
@@ -35,6 +35,7 @@ from lazyd.target.descriptors import Descriptor, DescriptorKind, Owner, Terminal
 from lazyd.target.mappings import Mapping, MappingKind
 from lazyd.target.state import Credentials, SegmentDescriptor, SignalAction, TaskState, ThreadState
 from lazyd.target.tracing import ERESTART_RESTARTBLOCK, Registers
+from lazyd.tuples import NamedTuple
 
 _IMAGE_VERSION = 2  # "1.1"
 _TASK_ALIVE, _TASK_STOPPED = 1, 3

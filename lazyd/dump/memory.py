@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
 from lazyd.dump.core import (
     Area,
@@ -44,6 +43,7 @@ from lazyd.dump.core import (
 from lazyd.dump.tracker import Tracker
 from lazyd.dump.transfer import Destination, ImageType, LocalImages, MemoryImage, Transfer
 from lazyd.errors import DumpError, SystemCallError
+from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE
 
 __all__ = ["Area", "AreaKind", "LocalImages", "MemoryCounts", "MemoryDump", "PagemapFormat", "dump_memory"]

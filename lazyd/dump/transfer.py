@@ -16,7 +16,6 @@ import contextlib
 import enum
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 from lazyd.dump.core import (
     EarlyPages,
@@ -33,6 +32,7 @@ from lazyd.errors import DumpError, SystemCallError
 from lazyd.image import ExtentTable
 from lazyd.image.parent import ParentTable, load_parent
 from lazyd.image.writer import ImagesWriter, write_error
+from lazyd.tuples import NamedTuple
 
 _THREADS_MAX = 4
 
@@ -281,18 +281,7 @@ class LocalTransfer(Transfer):
         """Punch what was dumped, or became zeros, out of the parents' pages images."""
         if self._parent is None or self._pipe is None:
             return 0
-        fds: list[int] = []
-        try:
-            for path in self._parent.sources:
-                fds.append(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-            return self._pipe.punch(self._parent.extents, fds)
-        except OSError as error:
-            where = self._writer.parent if len(fds) == len(self._parent.sources) else path
-            hint = "the new images are whole; only their parents keep what is not needed any more"
-            raise SystemCallError("fallocate", error.errno or 0, path=where, hint=hint) from error
-        finally:
-            for fd in fds:
-                os.close(fd)
+        return punch_parent(self._parent, self._pipe)
 
     def close(self) -> None:
         """Close the pages image."""
@@ -302,6 +291,22 @@ class LocalTransfer(Transfer):
             if fd >= 0:
                 os.close(fd)
         self._fd = self._late_fd = -1
+
+
+def punch_parent(parent: ParentTable, pipe: PagePipe) -> int:
+    """Punch what a pipe replaces out of the parents' pages images; return how many bytes."""
+    fds: list[int] = []
+    path = Path()
+    try:
+        for path in parent.sources:
+            fds.append(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        return pipe.punch(parent.extents, fds)
+    except OSError as error:
+        hint = "the new images are whole; only their parents keep what is not needed any more"
+        raise SystemCallError("fallocate", error.errno or 0, path=path, hint=hint) from error
+    finally:
+        for fd in fds:
+            os.close(fd)
 
 
 def _spare_memory() -> int:

@@ -7,7 +7,16 @@ verify and show are imported by name where they are used: the daemon needs neith
 from __future__ import annotations
 
 import lazyd.image.deferred  # noqa: F401  before anything that imports protobuf
-from lazyd.image.checkpoint import Checkpoint, PagesImage, SharedImages, TaskImage, load, load_shared
+from lazyd.image.checkpoint import (
+    Checkpoint,
+    MemoryImages,
+    PagesImage,
+    SharedImages,
+    TaskImage,
+    load,
+    load_memory,
+    load_shared,
+)
 from lazyd.image.directory import Vma
 from lazyd.image.pagemap import Dialect, Extent, ExtentTable, Kind
 
@@ -17,10 +26,12 @@ __all__ = [
     "Extent",
     "ExtentTable",
     "Kind",
+    "MemoryImages",
     "PagesImage",
     "SharedImages",
     "TaskImage",
     "Vma",
     "load",
+    "load_memory",
     "load_shared",
 ]

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
 from lazyd.errors import ImageError
 from lazyd.image import chain
@@ -25,10 +24,12 @@ from lazyd.image.pagemap import (
     Kind,
     Pagemap,
     decide_dialect,
+    find_evidence,
     locate,
     read_pagemap,
     uses_field_5,
 )
+from lazyd.tuples import NamedTuple
 
 # A row of struct lz_extent names its source in 16 bits.
 MAX_SOURCES = 1 << 16
@@ -101,6 +102,18 @@ class SharedImages(NamedTuple):
     """What objects of shared memory hold, by their id. `sources` are open until close()."""
 
     tables: dict[int, ExtentTable]
+    sources: list[PagesImage]
+
+    def close(self) -> None:
+        """Close the pages images."""
+        for source in self.sources:
+            os.close(source.fd)
+
+
+class MemoryImages(NamedTuple):
+    """The memory of one task. `sources` are open until close()."""
+
+    extents: ExtentTable
     sources: list[PagesImage]
 
     def close(self) -> None:
@@ -340,7 +353,7 @@ def load(path: Path, dialect: str = "auto") -> Checkpoint:
     for name in names:
         if name not in levels[0].maps:
             raise ImageError(path / name, "missing, though the task has memory")
-    pagemaps = [found.pagemap for level in levels for found in level.maps.values() if found is not None]
+    pagemaps = _pagemaps(levels)
     chosen, reason = decide_dialect(pagemaps, dialect, has_parent=len(levels) > 1)
     wide = chosen is Dialect.FLAGS and uses_field_5(pagemaps)
     del pagemaps
@@ -377,9 +390,7 @@ def load_shared(path: Path, ids: Sequence[int], dialect: str = "auto") -> Shared
     for name in names:
         if name not in levels[0].maps:
             raise ImageError(path / name, "missing, though the task has shared memory")
-    pagemaps = [found.pagemap for level in levels for found in level.maps.values() if found is not None]
-    chosen, _ = decide_dialect(pagemaps, dialect, has_parent=len(levels) > 1)
-    del pagemaps
+    chosen, _ = decide_dialect(_pagemaps(levels), dialect, has_parent=len(levels) > 1)
     sources = _Sources(path)
     try:
         tables = {number: _extents(levels, shared_name(number), chosen, sources) for number in ids}
@@ -387,6 +398,34 @@ def load_shared(path: Path, ids: Sequence[int], dialect: str = "auto") -> Shared
         sources.close()
         raise
     return SharedImages(tables, sources.opened)
+
+
+def load_memory(path: Path, pid: int, dialect: str = "auto") -> MemoryImages:
+    """Load the memory of one task, with its chain of parents, or raise ImageError. No other image need be there.
+
+    `dialect`: see load(). The caller closes it.
+    """
+    name = pagemap_name(pid)
+    levels = [read_level(directory, [name], _stop) for directory in chain.walk_chain(path)]
+    if name not in levels[0].maps:
+        raise ImageError(path / name, "missing: nothing is known of this task")
+    pagemaps = _pagemaps(levels)
+    if dialect == "auto" and find_evidence(pagemaps) is None:
+        # What this one does not show, those beside it may: a dump writes all in one dialect.
+        names = [entry.name for entry in path.glob("pagemap-[0-9]*.img")]
+        pagemaps += _pagemaps([read_level(directory, names, _stop) for directory in chain.walk_chain(path)])
+    chosen, _ = decide_dialect(pagemaps, dialect, has_parent=len(levels) > 1)
+    del pagemaps
+    sources = _Sources(path)
+    try:
+        return MemoryImages(_extents(levels, name, chosen, sources), sources.opened)
+    except BaseException:
+        sources.close()
+        raise
+
+
+def _pagemaps(levels: list[Level]) -> list[Pagemap]:
+    return [found.pagemap for level in levels for found in level.maps.values() if found is not None]
 
 
 def _extents(levels: list[Level], name: str, dialect: Dialect, sources: _Sources) -> ExtentTable:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from google.protobuf.message import DecodeError
 
@@ -26,6 +26,7 @@ from lazyd.image.framing import (
     split_records,
 )
 from lazyd.image.pb import inventory_pb2, mm_pb2, pstree_pb2
+from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE, USER_SPACE_END, ImageAddress
 
 # protobuf makes the classes of a generated module at run time: type checkers cannot see them.

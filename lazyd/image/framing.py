@@ -15,9 +15,9 @@ import errno
 import os
 import stat
 from pathlib import Path
-from typing import NamedTuple
 
 from lazyd.errors import ImageError
+from lazyd.tuples import NamedTuple
 
 COMMON_MAGIC = 0x54564319
 SERVICE_MAGIC = 0x55105940

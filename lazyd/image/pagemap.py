@@ -16,11 +16,12 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lazyd.errors import ImageError
 from lazyd.image._pagemap import ffi, lib
 from lazyd.image.framing import read_error
+from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE, ImageAddress
 
 # struct lz_extent

@@ -8,12 +8,13 @@ loaded before the task is stopped, and whole: a chain that cannot be read is fou
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from lazyd.errors import ImageError
 from lazyd.image import chain
 from lazyd.image.checkpoint import Level, flatten, read_level, report_broken_holes
-from lazyd.image.pagemap import Dialect, ExtentTable, check_dialect
+from lazyd.image.pagemap import Dialect, ExtentTable, Pagemap, check_dialect
+from lazyd.tuples import NamedTuple
 
 
 class ParentTable(NamedTuple):
@@ -21,21 +22,27 @@ class ParentTable(NamedTuple):
 
     extents: ExtentTable
     sources: list[Path]
+    dialect: Dialect
 
 
 def _stop(error: ImageError) -> NoReturn:
     raise error
 
 
-def load_parent(path: Path, name: str, dialect: Dialect) -> ParentTable | None:
+def load_parent(path: Path, name: str, dialect: Dialect | None) -> ParentTable | None:
     """Return what the images in `path` and their parents have under this pagemap's name; None: nothing.
 
-    `dialect` is the one of the new image. Raises ImageError if the chain is not whole, or in another one.
+    `dialect` is the one of the new image; None: it will be in that of the chain. Raises ImageError if the chain is not
+    whole, or in another one.
     """
     levels: list[Level] = [read_level(directory, [name], _stop) for directory in chain.walk_chain(path)]
     if name not in levels[0].maps:
         return None
-    check_dialect([found.pagemap for level in levels for found in level.maps.values() if found], dialect)
+    pagemaps = [found.pagemap for level in levels for found in level.maps.values() if found]
+    if dialect is None:
+        dialect = _find_dialect(pagemaps)
+    check_dialect(pagemaps, dialect)
+    del pagemaps
     table = flatten(levels, name, dialect, _stop).table
     used = table.used_levels(len(levels))
     sources = []
@@ -45,4 +52,13 @@ def load_parent(path: Path, name: str, dialect: Dialect) -> ParentTable | None:
         sources.append(found.pages_path)
     extents = table.finish({level: number for number, level in enumerate(used)}, len(levels))
     report_broken_holes(levels, name, extents, _stop)
-    return ParentTable(extents, sources)
+    return ParentTable(extents, sources, dialect)
+
+
+def _find_dialect(pagemaps: list[Pagemap]) -> Dialect:
+    """Return the dialect that a new image beside these must be in: flags, where they would be read as that, too."""
+    try:
+        check_dialect(pagemaps, Dialect.FLAGS)
+    except ImageError:
+        return Dialect.BOOLEANS
+    return Dialect.FLAGS

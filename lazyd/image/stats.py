@@ -6,12 +6,13 @@ Field 9 is pages_zero where zero holes are entries, and pages_lazy in stock CRIU
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from lazyd.image.framing import STATS_MAGICS
 from lazyd.image.pagemap import Dialect
 from lazyd.image.pb import stats_pb2
 from lazyd.image.writer import ImagesWriter
+from lazyd.tuples import NamedTuple
 
 STATS_DUMP = "stats-dump"
 _UINT32_MAX = (1 << 32) - 1

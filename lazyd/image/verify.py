@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 from lazyd.errors import ImageError
 from lazyd.image import chain
@@ -27,6 +26,7 @@ from lazyd.image.checkpoint import (
 )
 from lazyd.image.directory import ImagesDirectory, Vma
 from lazyd.image.pagemap import Dialect, ExtentTable, Pagemap, decide_dialect, find_evidence
+from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE
 
 

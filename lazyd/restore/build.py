@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from lazyd.errors import ImageError, RestoreError, SystemCallError
 from lazyd.image import Extent, Kind, load
@@ -24,7 +25,7 @@ from lazyd.restore.files import Files
 from lazyd.restore.memory import Memory
 from lazyd.restore.plan import Plan, make_plan, taken_ranges
 from lazyd.target import Attached
-from lazyd.target.attach import empty_ranges, merge_ranges
+from lazyd.target.expected import empty_ranges, merge_ranges
 from lazyd.target.mappings import find_pages
 from lazyd.target.puppet import Puppet, Step, find_workshop
 from lazyd.target.userfault import enable_missing, register_missing, take_userfaultfd, unregister
@@ -34,21 +35,59 @@ _SYS_MADVISE, _MADV_DONTNEED = 28, 4
 _MOST_DROPS = 100  # each time somebody may look again
 
 
-class Restored:
-    """A task that is whole and does not run yet. As a context manager it ends what was not released."""
+class Unreleased:
+    """A task that is a puppet until it is released. As a context manager it ends what is not."""
+
+    def __init__(self, plan: Plan, memory: Memory) -> None:
+        """Hold nothing yet: whoever derives from this makes the puppet."""
+        self.tasks: list[Attached] = []
+        """The task with the userfaultfd of its memory, if that is to be served."""
+        self.warning = ""
+        self._plan = plan
+        self._memory = memory
+        self._puppet: Puppet | None = None
+
+    def release(self, *, stopped: bool = False) -> None:
+        """Let the task go: somebody serves it. A second call does nothing."""
+        puppet, self._puppet = self._puppet, None
+        if puppet is None:
+            return
+        if stopped or self._plan.is_stopped:
+            with suppress(RestoreError, OSError):  # it was killed: nothing of it runs
+                puppet.stop()
+        puppet.release()
+        self.tasks = []
+
+    def close(self) -> None:
+        """Give up: there is no process then. Does nothing after release()."""
+        puppet, self._puppet = self._puppet, None
+        if puppet is not None:
+            puppet.kill()
+        for task in self.tasks:
+            os.close(task.uffd)
+        self.tasks = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Restored(Unreleased):
+    """A task that is whole and does not run yet."""
 
     def __init__(self, plan: Plan, memory: Memory, *, is_eager: bool = False, is_registered: bool = True) -> None:
         """Make it. is_eager: all its pages are there; is_registered: what is not faults, and waits for `tasks[0]`.
 
         LazydError in one line if it cannot be made: then there is no process.
         """
-        self.tasks: list[Attached] = []
-        self.warning = ""
-        self._plan = plan
-        self._memory = memory
-        self._puppet: Puppet | None = None
+        super().__init__(plan, memory)
         try:
             memories.check_vdso(plan, memory)
+            tasks.check_values(plan)
             with Files(plan) as files:
                 objects = memories.prepare(plan, files, memory)
                 self._puppet = Puppet.make(
@@ -82,34 +121,6 @@ class Restored:
         self.warning = dress(plan, puppet, uffd, filled, with_credentials=True)
         if uffd >= 0:
             check_empty(plan, filled)
-
-    def release(self, *, stopped: bool = False) -> None:
-        """Let the task go: somebody serves it. A second call does nothing."""
-        puppet, self._puppet = self._puppet, None
-        if puppet is None:
-            return
-        if stopped or self._plan.is_stopped:
-            with suppress(RestoreError, OSError):  # it was killed: nothing of it runs
-                puppet.stop()
-        puppet.release()
-        self.tasks = []
-
-    def close(self) -> None:
-        """Give up: there is no process then. Does nothing after release()."""
-        puppet, self._puppet = self._puppet, None
-        if puppet is not None:
-            puppet.kill()
-        for task in self.tasks:
-            os.close(task.uffd)
-        self.tasks = []
-
-    def __enter__(self) -> Restored:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def make_threads(plan: Plan, puppet: Puppet) -> None:
@@ -195,10 +206,11 @@ def check_empty(plan: Plan, filled: Sequence[Extent]) -> None:
 
 def _find_strangers(plan: Plan, filled: Sequence[Extent]) -> list[tuple[int, int, int]]:
     """Return (start, end, pages) of ranges with pages that are still to come."""
+    lazy = [(area.start, area.end) for area in plan.vmas if area.is_lazy]
     known = [(int(extent.start), int(extent.end)) for extent in filled]
     present = merge_ranges([*known, *memories.rseq_pages(plan)])
     try:
-        return find_pages(plan.pid, empty_ranges(plan.vmas, present))
+        return find_pages(plan.pid, empty_ranges(lazy, present))
     except OSError as error:
         if error.errno == errno.ENOTTY:
             return []  # Linux before 6.7

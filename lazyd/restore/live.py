@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from lazyd.errors import RestoreError
 from lazyd.restore.plan import PIPE, REGULAR, TERMINAL, Plan, Thread, mask
@@ -22,10 +21,11 @@ from lazyd.target.mappings import read_mappings
 from lazyd.target.process import children, namespace_pids, stat_fields
 from lazyd.target.survey import check_is_process
 from lazyd.target.tracing import status_fields, thread_ids
+from lazyd.tuples import NamedTuple
 
 _COMPARED_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_SYNC | os.O_DIRECT
 _KINDS = {REGULAR: DescriptorKind.FILE, PIPE: DescriptorKind.PIPE, TERMINAL: DescriptorKind.TERMINAL}
-_MAPS_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (...)([ps]) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+)\s*(.*)")
+_MAPS_LINE = r"([0-9a-f]+)-([0-9a-f]+) (...)([ps]) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+)\s*(.*)"
 _CAP_DAC_OVERRIDE, _CAP_SYS_PTRACE, _CAP_SYS_ADMIN = 1 << 1, 1 << 19, 1 << 21
 _CAP_SYS_RESOURCE, _CAP_CHECKPOINT_RESTORE = 1 << 24, 1 << 40
 _RLIMIT_DATA, _RLIMIT_NOFILE, _RLIMIT_AS = 2, 7, 9
@@ -54,8 +54,9 @@ class Live(NamedTuple):
 def read_live(pid: int) -> list[Live]:
     """Return the mappings of a task, sorted."""
     found = []
+    fullmatch = re.compile(_MAPS_LINE).fullmatch
     for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
-        if match := _MAPS_LINE.fullmatch(line):
+        if match := fullmatch(line):
             prot = sum(bit for letter, bit in (("r", 1), ("w", 2), ("x", 4)) if letter in match[3])
             device = os.makedev(int(match[6], 16), int(match[7], 16))
             start, end, offset = int(match[1], 16), int(match[2], 16), int(match[5], 16)

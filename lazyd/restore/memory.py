@@ -16,7 +16,6 @@ import struct
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from lazyd.errors import ImageError, RestoreError
 from lazyd.image import Extent, ExtentTable, Kind, SharedImages, load_shared
@@ -27,6 +26,7 @@ from lazyd.restore.vma import Area
 from lazyd.restore.vma import Kind as AreaKind
 from lazyd.target.mappings import MAP_SHARED
 from lazyd.target.puppet import Part, Pointing, Puppet, Step, own_code
+from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE
 
 _SYS_MMAP, _SYS_MPROTECT, _SYS_MUNMAP, _SYS_MADVISE, _SYS_PREAD, _SYS_PRCTL = 9, 10, 11, 28, 17, 157

@@ -17,23 +17,24 @@ Facts, and what follows:
   file has to be opened with the rights that the task has left. Whether it is locked, not inherited or not dumped
   (mlock, MADV_DONTFORK, MADV_DONTDUMP) is put back; that it shall have huge pages or none stays, because nothing
   takes that advice back.
+- A task that was stopped (SIGSTOP) stays so when its tracer lets it go. Whether it is to be is the checkpoint's
+  business: the stop is ended first.
 - A thread that is made again needs its id (clone3, set_tid), and so a task that may choose ids.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from types import TracebackType
-from typing import NamedTuple
+from contextlib import closing, suppress
 
 from lazyd.errors import DumpError, LazydError, RestoreError, SystemCallError
 from lazyd.image import Extent, Kind, load_shared
 from lazyd.image.directory import MAP_LOCKED
 from lazyd.restore import memory as memories
-from lazyd.restore.build import check_empty, dress, make_threads, open_userfaultfd
+from lazyd.restore.build import Unreleased, check_empty, dress, make_threads, open_userfaultfd
 from lazyd.restore.live import (
     Live,
     Staying,
@@ -46,6 +47,7 @@ from lazyd.restore.live import (
 )
 from lazyd.restore.memory import Memory, Opened
 from lazyd.restore.plan import REGULAR, Plan
+from lazyd.restore.task import check_values
 from lazyd.restore.vma import Area
 from lazyd.restore.vma import Kind as AreaKind
 from lazyd.target import Attached
@@ -56,6 +58,7 @@ from lazyd.target.puppet import WORKSHOP_BYTES, Puppet, Step, find_gap, find_wor
 from lazyd.target.remote import Call, RemoteCalls, find_room
 from lazyd.target.state import list_timers
 from lazyd.target.tracing import StoppedTask
+from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE
 
 # arch/x86/entry/syscalls/syscall_64.tbl
@@ -79,45 +82,52 @@ class _Slice(NamedTuple):
     end: int
 
 
-class Rewound:
-    """A task that is back at its checkpoint and does not run yet. As a context manager it ends what is not released."""
+class Rewound(Unreleased):
+    """A task that is back at its checkpoint and does not run yet."""
 
     def __init__(self, plan: Plan, memory: Memory) -> None:
         """Stop a task and rewind it. LazydError: it is refused and goes on, or (said so) it failed and is ended."""
-        self.tasks: list[Attached] = []
-        self.warning = ""
+        super().__init__(plan, memory)
         self.stopped_s = 0.0
         """How long it did not run: known once it does."""
-        self._plan = plan
-        self._memory = memory
-        self._puppet: Puppet | None = None
         self._aside: list[_Slice] = []
         self._slice_bytes = _SLICE_BYTES
         check_before(plan, plan.pid)
         memories.check_vdso(plan, memory)
-        self._program = _program(plan.pid)
-        self._began = time.monotonic()
-        with StoppedTask(plan.pid) as stopped:
-            descriptors = check_stopped(plan)
-            timers = [timer.number for timer in list_timers(plan.pid)]
-            live = read_live(plan.pid)
-            staying = find_staying(plan, live)
-            check_rights(plan, staying, len(descriptors))
-            ranges = [(one.start, one.end) for one in live] + [(area.start, area.end) for area in plan.vmas]
-            workshop = find_workshop(ranges)
-            self._puppet = Puppet.take_over(stopped, workshop)
-            ranges.append((workshop, workshop + WORKSHOP_BYTES))
-            try:
-                self._rewind(self._puppet, staying, live, ranges, timers)
-            except BaseException as error:
-                self.close()
-                if isinstance(error, OSError):
-                    reason = os.strerror(error.errno or 0)
-                elif isinstance(error, LazydError):
-                    reason = str(error)
-                else:
-                    raise
-                raise RestoreError(f"process {plan.pid} was ended: half way back, {reason}") from error
+        check_values(plan)
+        shared_ids = sorted({area.shared_id for area in plan.vmas if area.kind is AreaKind.SHARED})
+        with closing(load_shared(plan.images, shared_ids)) as self._shared:
+            self._program = _program(plan.pid)
+            self._began = time.monotonic()
+            with StoppedTask(plan.pid) as stopped:
+                self._take_over(stopped)
+
+    def _take_over(self, stopped: StoppedTask) -> None:
+        plan = self._plan
+        descriptors = check_stopped(plan)
+        timers = [timer.number for timer in list_timers(plan.pid)]
+        live = read_live(plan.pid)
+        staying = find_staying(plan, live)
+        check_rights(plan, staying, len(descriptors))
+        ranges = [(one.start, one.end) for one in live] + [(area.start, area.end) for area in plan.vmas]
+        workshop = find_workshop(ranges)
+        was_stopped = bool(stopped.leader.stop_signal)
+        self._puppet = Puppet.take_over(stopped, workshop)
+        ranges.append((workshop, workshop + WORKSHOP_BYTES))
+        try:
+            if was_stopped:
+                # Its signals are blocked: the stop ends, and SIGCONT is forgotten with all that is pending.
+                os.kill(plan.pid, signal.SIGCONT)
+            self._rewind(self._puppet, staying, live, ranges, timers)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                reason = os.strerror(error.errno or 0)
+            elif isinstance(error, LazydError):
+                reason = str(error)
+            else:
+                raise
+            raise RestoreError(f"process {plan.pid} was ended: half way back, {reason}") from error
 
     def _rewind(
         self,
@@ -206,30 +216,24 @@ class Rewound:
             text = os.pread(self._memory.sources[extent.source], extent.pages * PAGE_SIZE, extent.offset)
             if len(text) != extent.pages * PAGE_SIZE or os.pwrite(puppet.memory, text, extent.start) != len(text):
                 raise RestoreError(f"the page at {extent.start:#x} cannot be filled from the images")
-        self._fill_shared(puppet.pid, [area for area in plan.vmas if area.kind is AreaKind.SHARED])
+        self._fill_shared(puppet.pid)
         return filled
 
-    def _fill_shared(self, pid: int, areas: Sequence[Area]) -> None:
+    def _fill_shared(self, pid: int) -> None:
         """Give objects of shared memory, which are mapped, what the images say. They are reached by their mappings."""
-        if not areas:
-            return
-        first = {area.shared_id: area for area in reversed(areas)}
-        shared = load_shared(self._plan.images, sorted(first))
-        try:
-            for shared_id, area in first.items():
-                piece = next(one for one in read_live(pid) if one.start <= area.start < one.end)
-                fd = os.open(f"/proc/{pid}/map_files/{piece.start:x}-{piece.end:x}", os.O_RDWR | os.O_CLOEXEC)
-                try:
-                    size = os.fstat(fd).st_size
-                    _punch(fd, size)
-                    for extent in shared.tables[shared_id]:
-                        if extent.kind is Kind.DUMPED:
-                            source = shared.sources[extent.source].fd
-                            memories.send(source, extent, fd, self._plan.images / f"pagemap-shmem-{shared_id}.img")
-                finally:
-                    os.close(fd)
-        finally:
-            shared.close()
+        first = {area.shared_id: area for area in reversed(self._plan.vmas) if area.kind is AreaKind.SHARED}
+        for shared_id, area in first.items():
+            piece = next(one for one in read_live(pid) if one.start <= area.start < one.end)
+            fd = os.open(f"/proc/{pid}/map_files/{piece.start:x}-{piece.end:x}", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                size = os.fstat(fd).st_size
+                _punch(fd, size)
+                for extent in self._shared.tables[shared_id]:
+                    if extent.kind is Kind.DUMPED:
+                        source = self._shared.sources[extent.source].fd
+                        memories.send(source, extent, fd, self._plan.images / f"pagemap-shmem-{shared_id}.img")
+            finally:
+                os.close(fd)
 
     def _seek(self, puppet: Puppet) -> None:
         steps = []
@@ -239,17 +243,12 @@ class Rewound:
                 steps.append(Step(f"lseek of {one.fd}", _SYS_LSEEK, (one.fd, file.reg.pos, os.SEEK_SET), may_fail=True))
         puppet.run(steps)
 
-    def release(self) -> None:
+    def release(self, *, stopped: bool = False) -> None:
         """Let the task go: somebody serves it. A second call does nothing."""
-        puppet, self._puppet = self._puppet, None
-        if puppet is None:
-            return
-        if self._plan.is_stopped:
-            with suppress(RestoreError, OSError):  # it was killed: nothing of it runs
-                puppet.stop()
-        puppet.release()
-        self.stopped_s = time.monotonic() - self._began
-        self.tasks = []
+        is_first = self._puppet is not None
+        super().release(stopped=stopped)
+        if is_first:
+            self.stopped_s = time.monotonic() - self._began
 
     def sweep(self) -> str:
         """Free, while the task runs, what was moved aside; return what is to be said if that cannot be."""
@@ -299,23 +298,6 @@ class Rewound:
                 size //= 2
         self._slice_bytes = _SLICE_BYTES
         return max(area.start, area.end - _SLICE_BYTES)
-
-    def close(self) -> None:
-        """Give up: the task is ended. Does nothing after release()."""
-        puppet, self._puppet = self._puppet, None
-        if puppet is not None:
-            puppet.kill()
-        for task in self.tasks:
-            os.close(task.uffd)
-        self.tasks = []
-
-    def __enter__(self) -> Rewound:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _program(pid: int) -> tuple[str, ...]:

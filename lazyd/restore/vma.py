@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any
 
 from lazyd.image.directory import MAP_ANONYMOUS, MAP_HUGETLB, MAP_LOCKED, MAP_PRIVATE, VMA_VDSO, VMA_VSYSCALL, VMA_VVAR
+from lazyd.tuples import NamedTuple
 
 _REGULAR, _STACK, _HEAP, _FILE_PRIVATE, _FILE_SHARED = 1, 1 << 1, 1 << 5, 1 << 6, 1 << 7
 _ANONYMOUS_SHARED, _ANONYMOUS_PRIVATE, _MEMFD = 1 << 8, 1 << 9, 1 << 14

@@ -11,9 +11,11 @@ How it ends, in the order of what is asked first:
 - the restorer hung up before "finished", or broke the protocol: all that is missing is poisoned, 1.
 - a signal before the first task: nothing depends on us, 1 at once (stock dies of the signal, which is not 0
   either).
+- the link to a page server broke for good: tasks that miss pages wait, or are killed, as settings.kill_on_loss says.
 - a signal later: the fill is finished first, without a limit, and the end is as above. A second one within
   five seconds: the tasks that still depend on us are stopped with SIGSTOP and what is missing is poisoned, so
-  that one that is continued gets SIGBUS where a byte is missing, and never zeros; 1.
+  that one that is continued gets SIGBUS where a byte is missing, and never zeros; 1. With a page server, whose
+  copy of the task would end with us, they are stopped and everything is held; a third one is the end.
 
 Every process of the family (see keeper) has its copy of a session; what they share is the engine's arena and a few
 words: the restorer's connection, how far the handshake has come, whether anything failed. This module is longer than
@@ -32,7 +34,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 from lazyd.errors import LazydError, ProtocolError, RestoreError, SystemCallError
 from lazyd.image import Checkpoint, load
@@ -54,16 +56,22 @@ from lazyd.session.held import HeldTasks, stop_unheld, task_infos
 from lazyd.session.prepared import prepare
 from lazyd.session.signals import SIGNALS, signals_as_bytes
 from lazyd.target import Attached, Expected, find_run_pid
+from lazyd.tuples import NamedTuple
 from lazyd.uffd import (
     Descriptor,
     Engine,
     Fill,
+    LinkInfo,
     Notice,
     NoticeKind,
     SharedWords,
     TaskStatus,
 )
 from lazyd.units import PAGE_SIZE, human_bytes
+
+if TYPE_CHECKING:
+    from lazyd.session.remote import RemotePages
+    from lazyd.source.page_server import PageServer
 
 SECOND_SIGNAL_S = 5.0
 _CONNECTION, _HANDSHAKE, _ACCEPTED, _FAILED = range(4)
@@ -72,6 +80,7 @@ the listening descriptor plus 1, once it is not needed any more; 1: the exit cod
 ALONE_S = 0.2
 """How long a keeper may take to be replaced by its standby, before the server makes one."""
 SAME_SIGNAL_S = 0.25
+_HOLDING_SIGNALS = 2
 _USERFAULTFD = "anon_inode:[userfaultfd]"
 
 
@@ -87,6 +96,10 @@ class Settings(NamedTuple):
     fill_rate: int
     workers: int
     attach: frozenset[int] | None = None
+    server: PageServer | None = None
+    """Where pages come from that only a page server has."""
+    kill_on_loss: bool = False
+    """Whether tasks whose pages cannot be had any more are killed; else they wait."""
 
 
 class _End(Enum):
@@ -121,19 +134,34 @@ class Session:
         # Before the images: it raises the limit of open files, and a long chain has many of them.
         self._engine = Engine(workers=settings.workers, fill=settings.fill, fill_rate=settings.fill_rate)
         self._held = HeldTasks(self._engine)
+        self._remote: RemotePages | None = None
+        self._signals = 0
+        """How many have come within a few seconds of each other."""
         self._checkpoint: Checkpoint | None = None
         """Kept open as long as somebody reads the images beside the engine: until what is attached to is."""
         try:
             self._checkpoint = load(settings.images, settings.dialect)
-            self._prepared = prepare(self._engine, self._checkpoint, settings.attach)
+            if settings.server is not None:
+                self._remote = self._connect(settings.server, self._checkpoint)
+            self._prepared = prepare(self._engine, self._checkpoint, settings.attach, self._remote)
             self._tasks = dict(self._prepared.tasks)
             """Image pid to the engine's number, of the tasks that have not been announced yet."""
             if settings.attach is None:
                 self._close_images()
             self._moments = self._moments._replace(loaded=log.elapsed())
         except BaseException:
+            if self._remote is not None:
+                self._remote.part(has_run=False, has_all=False)
             self.close()
             raise
+
+    def _connect(self, server: PageServer, checkpoint: Checkpoint) -> RemotePages:
+        from lazyd.session.remote import RemotePages  # noqa: PLC0415  most have none, and would wait for the import
+        from lazyd.wire import HeaderSize  # noqa: PLC0415
+
+        pids = [task.pid for task in checkpoint.tasks if not task.is_zombie]
+        header = HeaderSize.WIDE if checkpoint.wide_header else HeaderSize.NARROW
+        return RemotePages(self._engine, server, header, pids, self._log)
 
     def __enter__(self) -> Session:
         return self
@@ -218,6 +246,8 @@ class Session:
             self._stop_tasks()
             return self._finish()
         self._held.find()  # behind what must have a descriptor
+        if self._remote is not None:
+            self._on_link()
         if not self._engine.is_finished:
             self._log.warning(f"going on in the middle of a restore, {served} tasks handed over so far")
             self._resume_handshake(listener)
@@ -319,6 +349,8 @@ class Session:
                         callback: Callable[[], None] = key.data
                         callback()
                     self._look_for_keeper()
+                    if self._remote is not None:
+                        self._report_loss(self._remote.look())
                     self._progress.update(self._engine.totals)
             except BaseException as error:
                 # Whatever it is: closing the engine now would let the tasks read zeros.
@@ -327,8 +359,12 @@ class Session:
         return self._finish()
 
     def _due_in(self) -> float | None:
-        due = self._progress.due_in()
-        return due if self._alone_since is None else min(ALONE_S, due if due is not None else ALONE_S)
+        dues = [self._progress.due_in()]
+        if self._alone_since is not None:
+            dues.append(ALONE_S)
+        if self._remote is not None:
+            dues.append(self._remote.due_in())
+        return min((due for due in dues if due is not None), default=None)
 
     # Those who keep us
 
@@ -368,13 +404,14 @@ class Session:
         self._engine.resume()
         self._engine.start()
 
-    def _wait(self, source: int | socket.socket | Listener | Connection, callback: Callable[[], None]) -> None:
+    def _wait(self, source: int | Listener | Connection, callback: Callable[[], None]) -> None:
         self._selector.register(source, selectors.EVENT_READ, callback)
 
     def _finish(self) -> Outcome:
         for notice in self._engine.notices():  # the last task may have ended faster than its notices were read
             self._report(notice)
         now = self._log.elapsed()
+        link = self._part()
         totals = self._engine.totals()
         self._moments = self._moments._replace(end=now)
         if self._end is _End.SERVED and self._moments.full is None:
@@ -392,7 +429,50 @@ class Session:
             totals=totals,
             tasks=task_infos(self._engine),
             problems=self._problems,
+            link=link,
         )
+
+    # The page server
+
+    def _on_link(self) -> None:
+        if self._remote is not None:
+            self._report_loss(self._remote.on_notice())
+
+    def _report_loss(self, reason: str | None) -> None:
+        """Say that pages cannot be had any more, and what comes of it."""
+        if reason is None:
+            return
+        if not self._is_finished and not self._engine.totals().serving:
+            self._abandon(reason)
+            return
+        if self._settings.kill_on_loss:
+            killed = ", ".join(map(str, self._held.kill_all()))
+            self._fail(f"{reason}: killed {killed or 'nobody that is known here'}; what is missing is poisoned")
+            self._engine.abandon()
+            self._end = _End.ABANDONED
+        else:
+            self._problems.append(reason)
+            self._log.error(f"{reason}: the tasks go on as far as they can and wait there; end them by SIGKILL")
+
+    def _part(self) -> LinkInfo | None:
+        """End the link to the page server, if there is one, as the end of the session demands. How it was, at last."""
+        if self._remote is None:
+            return None
+        infos = task_infos(self._engine)
+        has_all = self._end is _End.SERVED and not self._engine.totals().poisoned_pages
+        if has_all:
+            self._remote.drain()
+        link = self._remote.info
+        self._engine.stop()
+        if self._remote.is_lost and any(info.status is TaskStatus.GONE for info in infos):
+            self._fail(f"{self._remote.name}: {self._problems[0] if self._problems else 'the link was lost'}")
+        try:
+            reason = self._remote.part(has_run=self._is_finished, has_all=has_all)
+        except OSError as error:
+            reason = f"{self._remote.name}: {error}"
+        if reason:
+            self._fail(reason)
+        return link
 
     def _fail(self, reason: str) -> None:
         """Log a problem and make sure that the exit code says so."""
@@ -528,8 +608,8 @@ class Session:
         who = self._name(notice.task)
         pages = f"{notice.value} page{'' if notice.value == 1 else 's'} at {notice.address:#x}"
         why = f"{errno.errorcode.get(-notice.error, -notice.error)}: {os.strerror(-notice.error)}"
-        paths = self._prepared.source_paths
-        source = paths[notice.source] if notice.source < len(paths) else "?"
+        names = self._prepared.source_names
+        source = names[notice.source] if notice.source < len(names) else "?"
         match notice.kind:
             case NoticeKind.TASK_FILLED:
                 self._log.debug(f"{who}: full")
@@ -556,6 +636,8 @@ class Session:
                 missed = f", {notice.value} pages could not be" if notice.value else ""
                 self._fail(f"{who}: cannot be served any more ({why}): what was missing is poisoned{missed}")
                 self._held.let_go(notice.task)
+            case NoticeKind.LINK:
+                self._on_link()
             case NoticeKind.LOST:
                 self._log.warning(f"{notice.value} notices were lost; the totals have them all")
 
@@ -575,8 +657,8 @@ class Session:
 
     # Signals
 
-    def _on_signals(self, signals: socket.socket) -> None:
-        for number in signals.recv(64):
+    def _on_signals(self, signals: int) -> None:
+        for number in os.read(signals, 64):
             if number in SIGNALS and self._end is None:
                 self._on_signal(signal.Signals(number))
 
@@ -597,7 +679,17 @@ class Session:
         if self._last_signal is not None and now - self._last_signal < SAME_SIGNAL_S:
             # One stop, told to every process of a group: to this one, and to the keeper who forwards it.
             return
-        if self._last_signal is not None and now - self._last_signal < SECOND_SIGNAL_S:
+        is_again = self._last_signal is not None and now - self._last_signal < SECOND_SIGNAL_S
+        self._signals = self._signals + 1 if is_again else 1
+        if self._signals == _HOLDING_SIGNALS and self._remote is not None and not self._remote.info.error:
+            self._last_signal = now
+            stopped = ", ".join(map(str, self._held.stop_all()))
+            self._log.warning(
+                f"{number.name} again: stopped {stopped or 'nobody'}; {self._remote.name} would end its copy if this"
+                " daemon ended, so it holds on: SIGCONT lets them go on, one more signal gives everything up"
+            )
+            return
+        if is_again:
             self._fail(f"{number.name} again: stopping {totals.serving} tasks and giving up")
             self._stop_tasks()
             return

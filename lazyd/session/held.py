@@ -71,6 +71,16 @@ class HeldTasks:
         target = self._targets.get(number)
         return target.pid if target is not None and target.stop() else 0
 
+    def kill_all(self) -> list[int]:
+        """Kill the tasks that are being served and the children that wait; the pids of those."""
+        stopped = list(self.stop_all())
+        for pid in stopped:  # stopped, they cannot fork; their pids are theirs as long as they are not reaped
+            with contextlib.suppress(OSError):
+                target = Target(pid)
+                target.kill()
+                target.close()
+        return stopped
+
     def stop_all(self) -> Iterator[int]:
         """Stop the tasks that are being served and, below any that ever was, the children that still wait.
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import os
 import resource
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 from lazyd.errors import ImageError, LazydError, SystemCallError
 from lazyd.image import Checkpoint, Kind
 from lazyd.target import Expected
+from lazyd.tuples import NamedTuple
 from lazyd.uffd import Engine, OnFork, Served
 from lazyd.units import PAGE_SIZE, human_bytes
+
+if TYPE_CHECKING:
+    from lazyd.session.remote import RemotePages
 
 _OWN_DESCRIPTORS = 32
 """What is opened later, beside the tasks' own: those of the keeping, the connection, some for forks and for reading."""
@@ -27,26 +30,30 @@ class Prepared(NamedTuple):
 
     tasks: dict[int, int]
     zombies: set[int]
-    source_paths: list[Path]
+    source_names: list[str]
     expected: dict[int, Expected]
     dialect: str
     chain_depth: int
     said: str
 
 
-def prepare(engine: Engine, checkpoint: Checkpoint, attach: frozenset[int] | None) -> Prepared:
+def prepare(
+    engine: Engine, checkpoint: Checkpoint, attach: frozenset[int] | None, remote: RemotePages | None = None
+) -> Prepared:
     """Give an engine all tasks of a checkpoint, or those that are attached to, by image pid. Empties checkpoint.tasks.
 
     ImageError if they cannot be served, LazydError if there is no room for their descriptors.
     """
     expected = {} if attach is None else _expect(checkpoint, attach)
     for task in checkpoint.tasks:
-        remote = task.extents.pages_by_kind()[Kind.REMOTE]
-        if remote:
-            reason = f"{remote} pages of task {task.pid} are only at a page server, and none is given"
+        pages = task.extents.pages_by_kind()[Kind.REMOTE]
+        if pages and remote is None:
+            reason = f"{pages} pages of task {task.pid} are only at a page server, and none is given (--page-server)"
             raise ImageError(checkpoint.path, reason)
     for source in checkpoint.sources:
         engine.add_source(source.fd)
+    if remote is not None:
+        remote.begin()  # behind the files, whose numbers the tables have
     # Taken out one by one: the engine has a copy of its own, and a table can be hundreds of megabytes.
     tasks, checkpoint.tasks = checkpoint.tasks, []
     numbers: dict[int, int] = {}
@@ -68,7 +75,7 @@ def prepare(engine: Engine, checkpoint: Checkpoint, attach: frozenset[int] | Non
     return Prepared(
         tasks=numbers,
         zombies=zombies,
-        source_paths=[source.path for source in checkpoint.sources],
+        source_names=[*(str(source.path) for source in checkpoint.sources), *([remote.name] if remote else [])],
         expected=expected,
         dialect=checkpoint.dialect.value,
         chain_depth=checkpoint.depth,

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The signals that would end the daemon, as bytes in a socket."""
+"""The signals that would end the daemon, as bytes in a pipe."""
 
 from __future__ import annotations
 
+import os
 import signal
-import socket
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
@@ -19,13 +19,11 @@ def hold_signals() -> None:
 
 
 class signals_as_bytes:
-    """A socket that gets one byte for each signal that would end the daemon, in place of the ending."""
+    """A pipe that gets one byte for each signal that would end the daemon, in place of the ending: its reading end."""
 
-    def __enter__(self) -> socket.socket:
-        self._reading, self._writing = socket.socketpair()
-        self._reading.setblocking(False)  # noqa: FBT003  its only way
-        self._writing.setblocking(False)  # noqa: FBT003  its only way
-        self._previous_fd = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+    def __enter__(self) -> int:
+        self._reading, self._writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._previous_fd = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         self._previous = {number: signal.signal(number, _ignore) for number in SIGNALS}
         # They were held back since before anyone was told that we listen.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -39,9 +37,9 @@ class signals_as_bytes:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_fd)
-        self._reading.close()
-        self._writing.close()
+        os.close(self._reading)
+        os.close(self._writing)
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
-    """Do nothing: the byte in the socket says it."""
+    """Do nothing: the byte in the pipe says it."""

@@ -25,12 +25,11 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
 
 from lazyd.errors import AttachError
 from lazyd.image.directory import Program, Vma
 from lazyd.target.descriptors import KCMP_VM, kcmp
-from lazyd.target.expected import Attached, Expected
+from lazyd.target.expected import Attached, Expected, empty_ranges, merge_ranges
 from lazyd.target.mappings import Known, Mapping, MappingKind, find_pages, read_mappings
 from lazyd.target.process import children, descendants, namespace_pids, stat_fields
 from lazyd.target.remote import Call, RemoteCalls, find_room
@@ -59,9 +58,10 @@ class Attachment:
         mappings = read_mappings(pid, known)
         _check_program(pid, expected)
         check_memory(pid, expected.vmas, mappings)
+        lazy = [(int(vma.start), int(vma.end)) for vma in expected.vmas if vma.is_lazy]
         kernel_written = _rseq_pages(stopped, expected.vmas)
         filled = merge_ranges([*expected.filled, *kernel_written])
-        present = find_pages(pid, empty_ranges(expected.vmas, filled))
+        present = find_pages(pid, empty_ranges(lazy, filled))
         if present and not drop_pages:
             pages = sum(count for _, _, count in present)
             start, end, _ = present[0]
@@ -76,11 +76,10 @@ class Attachment:
             uffd = open_userfaultfd(stopped, 0)
         self.tasks.append(Attached(expected.image_pid, pid, uffd))
         enable_missing(uffd, pid)
-        for vma in expected.vmas:
-            if vma.is_lazy:
-                register_missing(uffd, vma.start, vma.end - vma.start, pid)
+        for start, end in lazy:
+            register_missing(uffd, start, end - start, pid)
         # Whoever has read /proc/PID/cmdline meanwhile, as ps does, has made a page of zeros of it.
-        if late := find_pages(pid, empty_ranges(expected.vmas, filled)):
+        if late := find_pages(pid, empty_ranges(lazy, filled)):
             start, end, _ = late[0]
             raise AttachError(
                 f"process {pid}: somebody looked into its empty memory, {start:#x}-{end:#x}, before it was registered;"
@@ -266,46 +265,6 @@ def _letters(protection: int) -> str:
 
 def _differs(pid: int, vma: Vma, what: str) -> AttachError:
     return AttachError(f"process {pid} is not mapped as the images say: {vma.start:#x}-{vma.end:#x}: {what}")
-
-
-def merge_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the same ranges sorted and disjoint."""
-    merged: list[tuple[int, int]] = []
-    for start, end in sorted(ranges):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(end, merged[-1][1])
-        else:
-            merged.append((start, end))
-    return merged
-
-
-class MaybeLazy(Protocol):
-    """A VMA of an image, in whatever form."""
-
-    @property
-    def start(self) -> int: ...
-
-    @property
-    def end(self) -> int: ...
-
-    @property
-    def is_lazy(self) -> bool: ...
-
-
-def empty_ranges(vmas: Sequence[MaybeLazy], present: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield the lazy ranges, those apart that are filled."""
-    filled = iter([*present, (1 << 64, 1 << 64)])
-    hole = next(filled)
-    for vma in vmas:
-        if not vma.is_lazy:
-            continue
-        at = int(vma.start)
-        while at < vma.end:
-            while hole[1] <= at:
-                hole = next(filled)
-            if at < hole[0]:
-                yield at, min(int(vma.end), hole[0])
-            at = max(at, hole[1]) if hole[0] < vma.end else int(vma.end)
 
 
 def _drop(stopped: StoppedTask, ranges: Iterable[tuple[int, int]]) -> None:

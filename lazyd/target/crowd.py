@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 from lazyd.errors import LazydError, SystemCallError
 from lazyd.target.remote import Room, SteppedCalls, Steps, Wait, find_rooms, pause, wait_for_stop
 from lazyd.target.tracing import StoppedTask, Thread
+from lazyd.tuples import NamedTuple
 
 _T = TypeVar("_T")
 _MOST = 16  # at once; more would not keep any machine busier than these do

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
 
 from lazyd.target.mappings import DELETED, path_problem
+from lazyd.tuples import NamedTuple
 
 _SYS_KCMP, _SYS_PIDFD_GETFD = 312, 438
 KCMP_FILE, KCMP_VM, KCMP_FILES, KCMP_FS, KCMP_SIGHAND = range(5)
@@ -239,6 +239,8 @@ def _classify(path: str, status: os.stat_result, flags: int) -> tuple[Descriptor
         return DescriptorKind.FILE, "its file is deleted"
     if flags & _O_PATH:
         return DescriptorKind.FILE, "opened with O_PATH"
+    if path.startswith("/proc/") and path.split("/")[2].isdecimal():  # its own (/proc/self), as a rule
+        return DescriptorKind.FILE, "a file about a process, which is not there before the process is"
     return DescriptorKind.FILE, path_problem(path, status)
 
 

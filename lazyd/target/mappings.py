@@ -22,8 +22,9 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
+from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE
 
 # mmap(2), asm-generic.
@@ -168,7 +169,7 @@ def read_mappings(pid: int, known: Known | None = None) -> list[Mapping]:
 
 
 _FLAGS_WORD = b"VmFlags:"
-_HEADER = re.compile(rb"[0-9a-f]+-[0-9a-f]+ ")
+_HEADER = rb"[0-9a-f]+-[0-9a-f]+ "
 
 
 def _headers_and_flags(text: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -177,6 +178,7 @@ def _headers_and_flags(text: bytes) -> Iterator[tuple[bytes, bytes]]:
     A mapping has two dozen lines, and always the same ones on one machine: then they are counted, not looked at, which
     is several times quicker with ten thousands of mappings. Only what is at the counted places is held to be there.
     """
+    is_header = re.compile(_HEADER).match
     lines = text.split(b"\n")
     if not lines[-1]:
         lines.pop()
@@ -184,7 +186,7 @@ def _headers_and_flags(text: bytes) -> Iterator[tuple[bytes, bytes]]:
     if each and not len(lines) % each:
         headers, flags = lines[0::each], lines[each - 1 :: each]
         is_flags = [line.startswith(_FLAGS_WORD) for line in flags]
-        if all(is_flags) and all(map(_HEADER.match, headers)):
+        if all(is_flags) and all(map(is_header, headers)):
             yield from zip(headers, flags, strict=True)
             return
     header = b""
@@ -192,7 +194,7 @@ def _headers_and_flags(text: bytes) -> Iterator[tuple[bytes, bytes]]:
         if line.startswith(_FLAGS_WORD):
             yield header, line
             header = b""
-        elif _HEADER.match(line):
+        elif is_header(line):
             if header:
                 yield header, b""
             header = line

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _PROC = Path("/proc")
+SIGACTION_SIGNALS = [number for number in range(1, 65) if number not in (9, 19)]  # those whose action can be set
 
 
 def namespace_pids(pid: int) -> list[int]:
@@ -69,8 +70,15 @@ class Target:
 
     def stop(self) -> bool:
         """Send SIGSTOP; False if the task is gone."""
+        return self._send(signal.SIGSTOP)
+
+    def kill(self) -> bool:
+        """Send SIGKILL; False if the task is gone."""
+        return self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> bool:
         try:
-            signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)
+            signal.pidfd_send_signal(self._pidfd, number)
         except ProcessLookupError:
             return False
         return True

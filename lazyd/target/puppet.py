@@ -24,7 +24,6 @@ import struct
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from lazyd.errors import RestoreError, SystemCallError
 from lazyd.target._target import ffi, lib
@@ -46,6 +45,7 @@ from lazyd.target.tracing import (
     Thread,
     request,
 )
+from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE, USER_SPACE_END
 
 STUB = Path(__file__).with_name("stub")

@@ -40,7 +40,7 @@ from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from lazyd.errors import DumpError, SystemCallError
 from lazyd.target.tracing import (
@@ -55,6 +55,7 @@ from lazyd.target.tracing import (
     request,
     state_of,
 )
+from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE, USER_SPACE_END
 
 # arch/x86/entry/syscalls/syscall_64.tbl
@@ -224,7 +225,7 @@ class Room(NamedTuple):
     scratch: int
 
 
-_MAPS_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (...)([ps]) \S+ \S+ \S+\s*(.*)")
+_MAPS_LINE = r"([0-9a-f]+)-([0-9a-f]+) (...)([ps]) \S+ \S+ \S+\s*(.*)"
 
 
 def find_room(task: StoppedTask) -> Room:
@@ -241,7 +242,7 @@ def find_rooms(task: StoppedTask, most: int) -> list[Room]:
     lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
     areas = [
         (int(match[1], 16), int(match[2], 16), match[3], match[4], match[5])
-        for match in map(_MAPS_LINE.fullmatch, lines)
+        for match in map(re.compile(_MAPS_LINE).fullmatch, lines)
         if match is not None
     ]
     areas.sort(key=lambda area: area[4] != "[vdso]")

@@ -16,14 +16,14 @@ import os
 import re
 import struct
 from pathlib import Path
-from typing import NamedTuple
 
 from lazyd.errors import DumpError
 from lazyd.target import xstate
 from lazyd.target.crowd import ask_each
-from lazyd.target.process import read_small, stat_fields
+from lazyd.target.process import SIGACTION_SIGNALS, read_small, stat_fields
 from lazyd.target.remote import Call, RemoteCalls, SteppedCalls, Steps, find_room
 from lazyd.target.tracing import Registers, Rseq, StoppedTask, Thread, request, status_fields
+from lazyd.tuples import NamedTuple
 
 # arch/x86/entry/syscalls/syscall_64.tbl
 _SYS_BRK, _SYS_RT_SIGACTION, _SYS_GETITIMER, _SYS_SIGALTSTACK, _SYS_PRCTL = 12, 13, 36, 131, 157
@@ -35,7 +35,6 @@ _PR_TSC_ENABLE = 1
 _MEMBARRIER_CMD_GET_REGISTRATIONS = 1 << 9
 _PTRACE_GET_THREAD_AREA = 25
 _FIRST_TLS_ENTRY, _TLS_ENTRIES = 12, 3
-SIGACTION_SIGNALS = [number for number in range(1, 65) if number not in (9, 19)]  # those whose action can be set
 _SIGACTION_BYTES = 32
 _SCHED_DEADLINE = 6
 _USER_CODE_64 = 0x33
@@ -339,9 +338,7 @@ def _ask_timer(calls: RemoteCalls, timer: PosixTimer) -> PosixTimer:
     return timer._replace(overrun=max(0, overrun), interval=(words[0], words[1]), value=(words[2], words[3]))
 
 
-_TIMER = re.compile(
-    r"ID: (\d+)\nsignal: (\d+)/([0-9a-fpx()]+)\nnotify: (\w+)/(\w+)\.(\d+)\nClockID: (-?\d+)\n", re.MULTILINE
-)
+_TIMER = r"ID: (\d+)\nsignal: (\d+)/([0-9a-fpx()]+)\nnotify: (\w+)/(\w+)\.(\d+)\nClockID: (-?\d+)\n"
 _NOTIFY = {"signal": 0, "none": 1, "thread": 2}  # SIGEV_*
 _SIGEV_THREAD_ID = 4
 
@@ -353,7 +350,7 @@ def list_timers(pid: int) -> list[PosixTimer]:
     except FileNotFoundError:
         return []
     found = []
-    for match in _TIMER.finditer(text):
+    for match in re.finditer(_TIMER, text):
         to_thread = match[5] == "tid"
         notify = _NOTIFY[match[4]] | (_SIGEV_THREAD_ID if to_thread else 0)
         found.append(

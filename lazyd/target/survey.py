@@ -15,7 +15,6 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from lazyd.errors import DumpError
 from lazyd.target.descriptors import (
@@ -30,6 +29,7 @@ from lazyd.target.descriptors import (
 from lazyd.target.mappings import DELETED, Known, Mapping, path_problem, read_mappings
 from lazyd.target.process import children, read_small, stat_fields
 from lazyd.target.tracing import status_fields, thread_ids
+from lazyd.tuples import NamedTuple
 
 _PF_KTHREAD, _PF_IO_WORKER = 0x00200000, 0x00000010  # include/linux/sched.h; field 9 of stat
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")

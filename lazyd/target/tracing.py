@@ -26,7 +26,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import re
 import signal
 import struct
 import time
@@ -34,12 +33,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
 from lazyd.errors import DumpError, SystemCallError
 from lazyd.target.binding import PtraceError
 from lazyd.target.binding import ptrace as _ptrace
 from lazyd.target.process import read_small
+from lazyd.tuples import NamedTuple
 
 # include/uapi/linux/ptrace.h; python-ptrace names only the older half.
 PTRACE_CONT = 7
@@ -455,12 +454,10 @@ class StoppedTask:
         self.release()
 
 
-_STATUS_LINE = re.compile(r"^([^:\n]+):[ \t]*(.*?)[ \t]*$", re.MULTILINE)
-
-
 def status_fields(pid: int) -> dict[str, str]:
     """Return the lines of /proc/PID/status; OSError if there is no such task."""
-    return dict(_STATUS_LINE.findall(read_small(f"/proc/{pid}/status").decode(errors="replace")))
+    lines = read_small(f"/proc/{pid}/status").decode(errors="replace").rstrip("\n").split("\n")
+    return {name: value.strip(" \t") for name, _, value in (line.partition(":") for line in lines)}
 
 
 def tracer_of(tid: int) -> int:

@@ -9,10 +9,10 @@ area leaves to software (offset 464; arch/x86/include/asm/user.h), and zeros or 
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
 from lazyd.errors import DumpError
 from lazyd.target._target import ffi, lib
+from lazyd.tuples import NamedTuple
 
 _LEGACY_BYTES, _HEADER_BYTES = 512, 64
 _XCR0_AT = 464

@@ -14,9 +14,10 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 from lazyd.errors import LazydError, SystemCallError
+from lazyd.tuples import NamedTuple
 from lazyd.uffd._engine import ffi, lib
 
 _SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
@@ -42,6 +43,7 @@ class NoticeKind(enum.IntEnum):
     TASK_FAILED = lib.LZ_NOTICE_TASK_FAILED
     LOST = lib.LZ_NOTICE_LOST
     SUSPECT = lib.LZ_NOTICE_SUSPECT
+    LINK = lib.LZ_NOTICE_LINK
 
 
 class TaskStatus(enum.IntEnum):
@@ -52,6 +54,39 @@ class TaskStatus(enum.IntEnum):
     FILLED = lib.LZ_TASK_FILLED
     GONE = lib.LZ_TASK_GONE
     FAILED = lib.LZ_TASK_FAILED
+
+
+class LinkReason(enum.IntEnum):
+    """Why a link to a page server is of no use any more; cbits/lz.h says what `detail` is."""
+
+    NONE = 0
+    FAILED = lib.LZ_LINK_FAILED
+    ENDED = lib.LZ_LINK_ENDED
+    COMMAND = lib.LZ_LINK_COMMAND
+    PID = lib.LZ_LINK_PID
+    ADDRESS = lib.LZ_LINK_ADDRESS
+    PAGES = lib.LZ_LINK_PAGES
+    UNASKED = lib.LZ_LINK_UNASKED
+    UNCOUNTED = lib.LZ_LINK_UNCOUNTED
+
+
+class LinkInfo(NamedTuple):
+    """How the link to a page server is. `fd` -1: there is none; `waiting`: requests that are not answered yet.
+
+    `error` is a negative errno, 0 as long as it is up; `rate` is bytes a second.
+    """
+
+    bytes: int
+    requests: int
+    waiting: int
+    round_trip_ns: int
+    rate: int
+    error: int
+    reason: LinkReason
+    detail: tuple[int, int]
+    speaks_lazyd: bool
+    header_bytes: int
+    fd: int
 
 
 class OnFork(enum.IntEnum):
@@ -164,6 +199,35 @@ class Engine:
     def add_source(self, fd: int) -> int:
         """Map a pages image and return its number; the descriptor stays the caller's."""
         return _check("mmap of a pages image", lib.lz_engine_add_source(self._engine, fd))
+
+    def add_remote(self, fd: int, header_bytes: int) -> int:
+        """Have remote pages come over a connection, and return the number of their source; before any `prepare`.
+
+        The descriptor is the engine's on success. Nothing may be on its way on the connection.
+        """
+        return _check("page server", lib.lz_engine_add_remote(self._engine, fd, header_bytes))
+
+    def relink(self, fd: int, header_bytes: int) -> None:
+        """Go on over another connection, in the place of one that broke; as add_remote."""
+        _check("page server", lib.lz_engine_relink(self._engine, fd, header_bytes))
+
+    def link(self) -> LinkInfo:
+        """Return how the link to the page server is."""
+        raw = ffi.new("struct lz_link_info *")
+        lib.lz_engine_link(self._engine, raw)
+        return LinkInfo(
+            bytes=raw.bytes,
+            requests=raw.requests,
+            waiting=raw.waiting,
+            round_trip_ns=raw.round_trip_ns,
+            rate=raw.rate,
+            error=raw.error,
+            reason=LinkReason(raw.reason),
+            detail=(raw.detail[0], raw.detail[1]),
+            speaks_lazyd=bool(raw.speaks_lazyd),
+            header_bytes=raw.header_bytes,
+            fd=raw.fd,
+        )
 
     def prepare(self, image_pid: int, extents: memoryview, vmas: Sequence[Served]) -> int:
         """Load a task's table and served ranges and return its number.

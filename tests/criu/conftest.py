@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import harness
@@ -32,10 +34,44 @@ def suite(request):
 
 
 @pytest.fixture(scope="session")
-def victim(tmp_path_factory):
+def programs(tmp_path_factory):
+    """Return a function that compiles a victim once."""
+    folder = tmp_path_factory.mktemp("programs")
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = harness.compile_c(harness.ROOT / "tests/victims" / f"{name}.c", folder / name)
+        return str(made[name])
+
+    return get
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start programs that are gone when the test is over."""
+    pids, states = [], []
+
+    def start(*command):
+        # Not below pytest's own folder, which another pytest may close to all but root at any moment.
+        state = Path(tempfile.mkdtemp(prefix="lazyd-test-"))
+        state.chmod(0o777)
+        states.append(state)
+        pid = harness.start_program([word.replace("STATE", str(state)) for word in command], state)
+        pids.append(pid)
+        return harness.Checkpoint("", pid, tmp_path / "images", state)
+
+    yield start
+    for pid in pids:
+        harness.reap_group(pid)
+    for state in states:
+        shutil.rmtree(state, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def victim(programs):
     """Return the path of the compiled victim."""
-    folder = tmp_path_factory.mktemp("victim")
-    return harness.compile_c(harness.ROOT / "tests" / "victims" / "victim.c", folder / "victim")
+    return Path(programs("victim"))
 
 
 @pytest.fixture(scope="module")

@@ -93,11 +93,14 @@ def uses_stock() -> bool:
     return os.environ.get("LAZYD_TEST_DAEMON") == "stock"
 
 
+def lazyd_command() -> list[str]:
+    """Return the words before lazyd's arguments."""
+    return [os.environ.get("LAZYD_COMMAND") or str(Path(sys.executable).parent / "lazyd")]
+
+
 def daemon_command(suite: str) -> list[str]:
     """Return the words before `lazy-pages`."""
-    if uses_stock():
-        return [criu_command(suite)]
-    return [os.environ.get("LAZYD_COMMAND") or str(Path(sys.executable).parent / "lazyd")]
+    return [criu_command(suite)] if uses_stock() else lazyd_command()
 
 
 def compile_c(source: Path, target: Path) -> Path:

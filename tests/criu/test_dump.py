@@ -27,20 +27,6 @@ from lazyd.target.tracing import state_of
 LAZYD = str(Path(sys.executable).parent / "lazyd")
 
 
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory):
-    """Return a function that compiles a victim once."""
-    folder = tmp_path_factory.mktemp("programs")
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = harness.compile_c(harness.ROOT / "tests/victims" / f"{name}.c", folder / name)
-        return str(made[name])
-
-    return get
-
-
 @pytest.fixture
 def running():
     """Process groups that are ended when the test is over."""
@@ -58,16 +44,10 @@ def lazyd(*words, check=True):
     return run
 
 
-def start_plain(programs, running, folder, *words):
+def start_plain(programs, start, *words):
     """Start the plain task."""
-    state = folder / "state"
-    state.mkdir(parents=True)
-    state.chmod(0o777)
-    for parent in list(state.parents)[:4]:
-        parent.chmod(parent.stat().st_mode | 0o11)  # one that gives up root passes through
-    pid = harness.start_program([programs("plain"), str(state), *map(str, words)], state)
-    running.append(pid)
-    return pid, state
+    saved = start(programs("plain"), "STATE", *map(str, words))
+    return saved.pid, saved.state
 
 
 def wait_gone(pid):
@@ -89,8 +69,8 @@ HOW = pytest.mark.parametrize("how", ["eager", "lazy"])
 
 @HOW
 @pytest.mark.parametrize("words", [(0,), (1,), (7,), (50,), (7, "user")], ids=str)
-def test_a_plain_task_comes_back(suite, how, words, programs, running, tmp_path):
-    pid, state = start_plain(programs, running, tmp_path, *words)
+def test_a_plain_task_comes_back(suite, how, words, programs, start, tmp_path):
+    pid, state = start_plain(programs, start, *words)
     images = tmp_path / "images"
     lazyd("dump", "--pid", pid, "-D", images)
     wait_gone(pid)
@@ -121,8 +101,8 @@ def test_what_was_copied_while_the_task_ran_comes_back(suite, how, programs, run
 
 
 @HOW
-def test_a_chain_of_pre_dumps_comes_back(suite, how, programs, running, tmp_path):
-    pid, state = start_plain(programs, running, tmp_path, 3)
+def test_a_chain_of_pre_dumps_comes_back(suite, how, programs, start, tmp_path):
+    pid, state = start_plain(programs, start, 3)
     parent = []
     for level in range(4):
         images = tmp_path / f"images{level}"
@@ -141,8 +121,8 @@ def crit(suite, path):
     return harness.crit(suite, path, "show")
 
 
-def test_crit_decodes_every_image(suite, programs, running, tmp_path):
-    pid, _ = start_plain(programs, running, tmp_path, 2)
+def test_crit_decodes_every_image(suite, programs, start, tmp_path):
+    pid, _ = start_plain(programs, start, 2)
     lazyd("pre-dump", "--pid", pid, "-D", tmp_path / "a", "-R")
     lazyd("dump", "--pid", pid, "-D", tmp_path / "b", "--parent", tmp_path / "a", "-R")
     for images in (tmp_path / "a", tmp_path / "b"):
@@ -229,9 +209,9 @@ def view(suite, images, pid):
     return seen
 
 
-def test_small_images_are_those_that_criu_writes(suite, programs, running, tmp_path):
+def test_small_images_are_those_that_criu_writes(suite, programs, start, tmp_path):
     """The task is stopped by SIGSTOP, so that both see the same registers."""
-    pid, _ = start_plain(programs, running, tmp_path, 3)
+    pid, _ = start_plain(programs, start, 3)
     os.kill(pid, signal.SIGSTOP)
     harness.wait_until(lambda: state_of(pid) == "T", "the stop")
     theirs, ours = tmp_path / "criu", tmp_path / "lazyd"
@@ -572,9 +552,9 @@ def test_guard_pages_come_back(suite, how, running, tmp_path):
 
 
 @HOW
-def test_memory_goes_to_the_stock_page_server(suite, how, programs, running, tmp_path):
+def test_memory_goes_to_the_stock_page_server(suite, how, programs, start, tmp_path):
     """The small images are here, the memory there; together they are the checkpoint."""
-    pid, state = start_plain(programs, running, tmp_path, 3)
+    pid, state = start_plain(programs, start, 3)
     images, remote = tmp_path / "images", tmp_path / "remote"
     with page_server(suite, remote) as port:
         to = ["--page-server", "--address", "127.0.0.1", "--port", port]
@@ -588,8 +568,8 @@ def test_memory_goes_to_the_stock_page_server(suite, how, programs, running, tmp
     assert restore(harness.Checkpoint(suite, pid, images, state), how, tmp_path / "work") == "ok\n"
 
 
-def test_a_page_server_that_is_not_there_or_hangs_up(programs, running, tmp_path):
-    pid, state = start_plain(programs, running, tmp_path, 1)
+def test_a_page_server_that_is_not_there_or_hangs_up(programs, start, tmp_path):
+    pid, state = start_plain(programs, start, 1)
     images = tmp_path / "images"
     to = ["--page-server", "--address", "127.0.0.1", "--port", free_port()]
     said = lazyd("dump", "--pid", pid, "-D", images, *to, check=False)

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pages_victim as pv
 import pytest
 from dump_harness import entry_kinds, read_back
 from images_builder import read_entries
+from page_server_harness import running_server
 from pages_victim import BASE, PAGE, RW, Victim
 
 from lazyd.dump.core import PagemapFormat
@@ -147,6 +149,9 @@ def test_crit_decodes_stats(suite, tmp_path, dialect):
     assert dump["pages_lazy"] == (80 if dialect is Dialect.BOOLEANS else 90)
 
 
+WHOSE = pytest.mark.parametrize("whose", ["stock", "lazyd"])
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -160,19 +165,32 @@ def is_listening(port: int) -> bool:
 
 
 @contextmanager
-def page_server(suite: str, folder: Path, parent: Path | None = None):
-    """Run the stock page server on a directory; yield its port, and see that it ends well."""
+def page_server(
+    suite: str,
+    folder: Path,
+    parent: Path | None = None,
+    *,
+    whose: str = "stock",
+    extra: Sequence[str] = (),
+    exit_code: int = 0,
+):
+    """Run the stock page server, or lazyd's, on a directory; yield its port, and see how it ends."""
     folder.mkdir()
+    if whose == "lazyd":
+        on_top = () if parent is None else ("--prev-images-dir", os.path.relpath(parent, folder))
+        with running_server(folder, folder.with_suffix(".log"), *on_top) as server:
+            yield server.port
+        return
     port = free_port()
     words = [harness.criu_command(suite), "page-server", "-D", str(folder), "--address", "127.0.0.1"]
-    words += ["--port", str(port), "-o", "page-server.log", "-v4"]
+    words += ["--port", str(port), "-o", "page-server.log", "-v4", *extra]
     if parent is not None:
         words += ["--prev-images-dir", os.path.relpath(parent, folder)]
     process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         harness.wait_until(lambda: is_listening(port) or process.poll() is not None, "the page server")
         yield port
-        assert process.wait(20) == 0, harness.tail(folder / "page-server.log")
+        assert process.wait(20) == exit_code, harness.tail(folder / "page-server.log")
     finally:
         if process.poll() is None:
             process.kill()
@@ -184,10 +202,11 @@ def send(victim: Victim, suite: str, port: int, **options) -> MemoryCounts:
         return dump_memory(victim.pid, victim.areas(), server, **options)
 
 
-def test_to_the_stock_page_server(suite, victim, tmp_path):
+@WHOSE
+def test_to_a_page_server(suite, victim, whose, tmp_path):
     victim.stop()
     counts = local_dump(victim, tmp_path / "local")
-    with page_server(suite, tmp_path / "remote") as port:
+    with page_server(suite, tmp_path / "remote", whose=whose) as port:
         sent = send(victim, suite, port)
     assert sent._replace(scan_time=0, copy_time=0) == counts._replace(scan_time=0, copy_time=0)
     names = sorted(path.name for path in (tmp_path / "local").glob("pagemap-*.img"))
@@ -198,15 +217,16 @@ def test_to_the_stock_page_server(suite, victim, tmp_path):
         assert read_entries(tmp_path / "local" / name)[1] == read_entries(tmp_path / "remote" / name)[1]
 
 
-def test_parent_holes_at_the_stock_page_server(suite, victim, tmp_path):
+@WHOSE
+def test_parent_holes_at_a_page_server(suite, victim, whose, tmp_path):
     """A pre-dump and a dump on top of it, both to page servers; the tracker is bound to a local file beside them."""
     name = f"pagemap-{victim.pid}.img"
     tracker = dump_harness.tracker_for(victim, None, to_track=True)
     try:
-        with page_server(suite, tmp_path / "0") as port, victim.stopped():
+        with page_server(suite, tmp_path / "0", whose=whose) as port, victim.stopped():
             first = send(victim, suite, port, tracker=tracker, keep_tracking=True)
         victim.write(BASE + 7 * PAGE, 2, 1000)
-        with page_server(suite, tmp_path / "1", tmp_path / "0") as port, victim.stopped():
+        with page_server(suite, tmp_path / "1", tmp_path / "0", whose=whose) as port, victim.stopped():
             second = send(victim, suite, port, tracker=tracker)
             truth = {BASE + i * PAGE: victim.memory(BASE + i * PAGE) for i in range(100)}
     finally:

@@ -9,16 +9,19 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import harness
 import pytest
+from process_harness import Dying
 
+from lazyd.image.pb import core_pb2, files_pb2
 from lazyd.target.tracing import state_of, status_fields, thread_ids
 
 LAZYD = str(Path(sys.executable).parent / "lazyd")
@@ -26,41 +29,6 @@ HOW = pytest.mark.parametrize("how", ["lazy", "eager"])
 WHOSE = pytest.mark.parametrize("whose", ["lazyd", *harness.SUITES])
 PYTHON_COMMAND = "/usr/bin/python3" if Path("/usr/bin/python3").exists() else os.path.realpath(sys.executable)
 STRESS = max(1, int(os.environ.get("LAZYD_STRESS", "1")))
-
-
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory):
-    """Return a function that compiles a victim once."""
-    folder = tmp_path_factory.mktemp("programs")
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = harness.compile_c(harness.ROOT / "tests/victims" / f"{name}.c", folder / name)
-        return str(made[name])
-
-    return get
-
-
-@pytest.fixture
-def start(tmp_path):
-    """Start programs that are gone when the test is over."""
-    pids, states = [], []
-
-    def start(*command):
-        # Not below pytest's own folder, which another pytest may close to all but root at any moment.
-        state = Path(tempfile.mkdtemp(prefix="lazyd-test-"))
-        state.chmod(0o777)
-        states.append(state)
-        pid = harness.start_program([word.replace("STATE", str(state)) for word in command], state)
-        pids.append(pid)
-        return harness.Checkpoint("", pid, tmp_path / "images", state)
-
-    yield start
-    for pid in pids:
-        harness.reap_group(pid)
-    for state in states:
-        shutil.rmtree(state, ignore_errors=True)
 
 
 def dump(saved, whose):
@@ -359,23 +327,90 @@ def test_a_pages_image_that_is_cut(sleeper):
     assert "pages-" in refused(sleeper)
 
 
-DYING = """
-import itertools, os, signal, sys
-limit = int(sys.argv.pop(1))
+def edit(path, message, change):
+    """Change the first record of an image."""
+    text = path.read_bytes()
+    (length,) = struct.unpack_from("<I", text, 8)
+    record = message.FromString(text[12 : 12 + length])
+    change(record)
+    body = record.SerializeToString()
+    path.write_bytes(text[:8] + struct.pack("<I", len(body)) + body + text[12 + length :])
+
+
+def rename(path):
+    def change(record):
+        record.reg.name = path
+
+    return change
+
+
+def fill_control_word(record):
+    record.thread_info.fpregs.cwd = 1 << 16
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("files.img", rename("usr/bin/python3"), "files.img: garbled: file "),
+        ("files.img", rename("/usr/bin\0/python3"), "files.img: garbled: file "),
+        ("core-PID.img", fill_control_word, "core-PID.img: garbled, it or another of task PID"),
+    ],
+)
+def test_values_that_cannot_be(sleeper, name, change, words):
+    pid = str(sleeper.pid)
+    message = files_pb2.File if name == "files.img" else core_pb2.Core
+    edit(sleeper.images / name.replace("PID", pid), message, change)
+    said = refused(sleeper)
+    assert words.replace("PID", pid) in said
+    assert len(said.splitlines()) == 1
+
+
+def test_garbled_images(programs, start, tmp_path):
+    """A byte of a small image is another one, or the last ones are gone: refused, or it does not matter."""
+    saved = start(programs("plain"), "STATE", "3")
+    dump(saved, "lazyd")
+    small = sorted(path.name for path in saved.images.glob("*.img") if not path.name.startswith("pages"))
+    images = tmp_path / "garbled"
+    chance = random.Random(4)
+    codes = []
+    with Dying("from lazyd import cli\nimport lazyd.restore.build", "return cli.main(words)") as dying:
+        for _ in range(20 * STRESS):
+            shutil.rmtree(images, ignore_errors=True)
+            shutil.copytree(saved.images, images)
+            path = images / chance.choice(small)
+            text = bytearray(path.read_bytes())
+            at = chance.randrange(8, len(text))
+            if chance.randrange(4):
+                text[at] = chance.randrange(256)
+            else:
+                del text[at:]
+            path.write_bytes(text)
+            codes.append(dying.run(10**9, "restore", "-D", images, "--eager")[0])
+            if codes[-1] == 1:
+                assert state_of(saved.pid) in "XZ"
+            harness.reap_group(saved.pid)
+    assert set(codes) == {0, 1}
+
+
+def test_names_that_are_not_utf_8(suite, start):
+    code = "import ctypes, os, time; ctypes.CDLL(None).prctl(15, b'\\xff\\xfe', 0, 0, 0); OPEN"
+    code += "; os.mknod('STATE/ready'); time.sleep(1000)"
+    saved = start(PYTHON_COMMAND, "-c", code.replace("OPEN", "0"))
+    dump(saved, suite)
+    restore(saved, "--eager")
+    assert Path(f"/proc/{saved.pid}/comm").read_bytes() == b"\xff\xfe\n"
+    shutil.rmtree(saved.images)
+    saved = start(PYTHON_COMMAND, "-c", code.replace("OPEN", "file = open(b'STATE/\\xff', 'w')"))
+    dump(saved, suite)
+    assert "its path is not UTF-8" in refused(saved)
+
+
+HEAD = """
+from lazyd import cli
+import lazyd.restore.build
 from lazyd.target import puppet, tracing
-numbers = itertools.count(1)
-def counted(function):
-    def counting(*arguments):
-        if next(numbers) > limit:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments)
-    return counting
 puppet.request = tracing.request = counted(tracing.request)
 os.pwrite = counted(os.pwrite)
-from lazyd.cli import main
-code = main()
-print("steps", next(numbers) - 1)
-sys.exit(code)
 """
 
 
@@ -383,19 +418,17 @@ def test_lazyd_is_killed_before_each_of_its_steps(programs, start):
     """Until the task is let go there is none of it left, and in the end it is whole."""
     saved = start(programs("plain"), "STATE", "2")
     dump(saved, "lazyd")
-
-    def run(limit):
-        return restore(saved, "--eager", check=False, command=[sys.executable, "-c", DYING, str(limit)])
-
+    words = ["restore", "-D", saved.images, "--no-progress", "--eager"]
     limit = 0
     step = max(1, 24 // STRESS)
-    while (ended := run(limit)).returncode == -signal.SIGKILL:
-        # Whoever is killed by PTRACE_O_EXITKILL is killed a moment after its tracer.
-        harness.wait_until(lambda: state_of(saved.pid) in "XZ", "the end of what was begun")
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(saved.pid, 0)
-        limit += step
-    assert ended.returncode == 0, ended.stderr
+    with Dying(HEAD, "return cli.main(words)") as dying:
+        while (code := dying.run(limit, *words)[0]) == -signal.SIGKILL:
+            # Whoever is killed by PTRACE_O_EXITKILL is killed a moment after its tracer.
+            harness.wait_until(lambda: state_of(saved.pid) in "XZ", "the end of what was begun")
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(saved.pid, 0)
+            limit += step
+    assert code == 0
     assert limit > 60
     assert verdict(saved) == "ok\n"
 

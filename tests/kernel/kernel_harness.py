@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import pytest
 from images_builder import Entry, Task, build_checkpoint
+from page_source import Make, Pages, PageSource
 from process_harness import OFFICES, family_in, kill_processes_in
 
 from lazyd.target.tracing import status_fields
@@ -205,6 +206,10 @@ class Skeleton:
         """Its pid."""
         return self._process.pid
 
+    def is_running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
     def go_on(self) -> None:
         """Let it past an await."""
         assert self._process.stdin is not None
@@ -249,23 +254,41 @@ class Stage:
         self._running.close()
         kill_processes_in(self.folder)
 
-    def build(self, tasks: dict[int, Sequence[Vma]], *, zombies: Sequence[int] = ()) -> Path:
+    def build(self, tasks: dict[int, Sequence[Vma]], *, zombies: Sequence[int] = (), dialect: str = "flags") -> Path:
         """Write the checkpoint of some tasks."""
-        made = []
-        for pid, vmas in tasks.items():
-            entries = []
-            for run in sorted(run for vma in vmas for run in (*vma.dumped, *vma.prefilled)):
-                data = pattern(self.skeleton, *run)
-                if run.stride == 1:
-                    entries.append(Entry(run.start, run.pages, data=data))
-                    continue
+        made = [self._task(pid, vmas, "dumped", None) for pid, vmas in tasks.items()]
+        made = [task._replace(ppid=made[0].pid if number else 0) for number, task in enumerate(made)]
+        made += [Task(pid, ppid=made[0].pid, zombie=True) for pid in zombies]
+        return build_checkpoint(self.images, made, dialect=dialect)
+
+    def build_remote(self, tasks: dict[int, Sequence[Vma]], make: Make, *, size: int = 24) -> PageSource:
+        """Write a checkpoint whose pages, those of the restorer apart, only a source has; start that, too."""
+        pages = Pages()
+        made = [self._task(pid, vmas, "remote", pages) for pid, vmas in tasks.items()]
+        made = [task._replace(ppid=made[0].pid if number else 0) for number, task in enumerate(made)]
+        build_checkpoint(self.images, made, dialect="flags" if size == 24 else "flags64")
+        source = PageSource(make(pages), self.folder / "source.log")
+        self._running.callback(source.close)
+        return source
+
+    def _task(self, pid: int, vmas: Sequence[Vma], kind: str, pages: Pages | None) -> Task:
+        """A task with its pages: in its images, or, those that are remote, in `pages`."""
+        entries = []
+        runs = [(run, kind) for vma in vmas for run in vma.dumped]
+        runs += [(run, "dumped") for vma in vmas for run in vma.prefilled]
+        for run, its in sorted(runs):
+            data = pattern(self.skeleton, *run)
+            if run.stride == 1:
+                entries.append(Entry(run.start, run.pages, its, data=data))
+            else:
                 for number, page in enumerate(range(0, run.pages, run.stride)):
                     one = data[number * PAGE : (number + 1) * PAGE]
-                    entries.append(Entry(run.start + page * PAGE, 1, data=one))
-            ranges = [{"start": vma.start, "end": vma.start + vma.pages * PAGE} for vma in vmas]
-            made.append(Task(pid, entries, ppid=made[0].pid if made else 0, vmas=ranges))
-        made += [Task(pid, ppid=made[0].pid, zombie=True) for pid in zombies]
-        return build_checkpoint(self.images, made)
+                    entries.append(Entry(run.start + page * PAGE, 1, its, data=one))
+        for entry in entries:
+            if entry.kind == "remote" and pages is not None and entry.data is not None:
+                pages.add(pid, entry.start, entry.data)
+        ranges = [{"start": vma.start, "end": vma.start + vma.pages * PAGE} for vma in vmas]
+        return Task(pid, entries, vmas=ranges)
 
     def start_daemon(self, *words: str, listening: bool = True, prepare: Callable[[], object] = lambda: None) -> Daemon:
         """Start `lazyd` as a fork of this process, which is to `prepare` itself, and wait until it listens."""
@@ -330,9 +353,17 @@ class Stage:
         *words: str,
         before: Sequence[str] = (),
         code: int = 0,
+        make: Make | None = None,
+        size: int = 24,
     ) -> Daemon:
-        """Serve one task that does `before`, is restored, and does `steps`; hold both to their exit codes."""
-        self.build({PID: vmas})
+        """Serve one task that does `before`, is restored, and does `steps`; hold both to their exit codes.
+
+        make: its pages come from a source that answers like this.
+        """
+        if make is None:
+            self.build({PID: vmas})
+        else:
+            words = (*self.build_remote({PID: vmas}, make, size=size).words, *words)
         daemon = self.start_daemon(*words)
         skeleton = self.start_skeleton(*hand_over(vmas, PID), *before, "finish", "hangup", *steps)
         try:
@@ -371,63 +402,3 @@ def memory(vmas: Sequence[Vma]) -> list[str]:
 def hand_over(vmas: Sequence[Vma], pid: int) -> list[str]:
     """The steps of a restorer up to "finish"."""
     return [*memory(vmas), "open", "connect", "announce", str(pid)]
-
-
-class Dying:
-    """A program that is run again and again and dies at another step each time. It is imported once, and then forked.
-
-    Its `head` is run once, and `body` in each fork: there `limit` is how many calls of what went through `counted` are
-    made before it is killed, and `words` are what run() was given.
-    """
-
-    _PROGRAM = """
-import itertools, json, os, signal, sys
-limit, words, numbers = 0, [], itertools.count(1)
-def counted(function):
-    def counting(*arguments, **named):
-        if next(numbers) > limit:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **named)
-    return counting
-{head}
-def body():
-{body}
-for line in iter(sys.stdin.readline, ""):
-    limit, words = json.loads(line)
-    pid = os.fork()
-    if not pid:
-        code = 99
-        try:
-            code = body() or 0
-        finally:
-            print(next(numbers) - 1, flush=True)
-            sys.stderr.flush()
-            os._exit(code)
-    print("ended", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-    def __init__(self, head: str, body: str) -> None:
-        indented = "".join(f"    {line}\n" for line in body.strip().splitlines())
-        program = self._PROGRAM.replace("{head}", head).replace("{body}", indented)
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, text=True)
-
-    def run(self, limit: int, *words: object) -> tuple[int, int]:
-        """Run it once; return its exit code (negative: a signal) and how many steps it made, if it lived to tell."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps([limit, [str(word) for word in words]]) + "\n")
-        self._process.stdin.flush()
-        steps = -1
-        for line in self._process.stdout:
-            if line.startswith("ended"):
-                return int(line.split()[1]), steps
-            steps = int(line)
-        raise AssertionError("the program that dies has ended itself")
-
-    def __enter__(self) -> Dying:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()

@@ -33,7 +33,7 @@ from kernel_harness import (
     task_state,
     wait_until,
 )
-from process_harness import KILLED, family_in, is_whole_again, kill_offices
+from process_harness import KILLED, Dying, family_in, is_whole_again, kill_offices
 
 from lazyd.errors import AttachError, LazydError
 from lazyd.image import load
@@ -483,28 +483,21 @@ def test_another_program(start, images):
 
 # ---- lazyd is killed ----
 
-DYING = """
-import fcntl, itertools, os, signal, sys
+HEAD = """
+import fcntl
 from pathlib import Path
 from lazyd.image import load
 from lazyd.target import Expected, attach, remote, tracing, userfault
-pid, limit, images = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-numbers = itertools.count(1)
-def counted(function):
-    def counting(*arguments):
-        if next(numbers) > limit:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments)
-    return counting
 for module in (remote, tracing):
     module.request = counted(module.request)
 os.pwrite = counted(os.pwrite)
 fcntl.ioctl = counted(fcntl.ioctl)
-with load(images) as checkpoint:
+"""
+BODY = """
+with load(Path(words[1])) as checkpoint:
     (task,) = checkpoint.tasks
     expected = Expected(task.pid, task.vmas, task.extents.filled_by_restorer(), None, task.extents, ())
-    attach.attach_all([(pid, expected)], drop_pages=False).close()
-print(next(numbers) - 1)
+    attach.attach_all([(int(words[0]), expected)], drop_pages=False).close()
 """
 
 
@@ -514,21 +507,17 @@ def test_lazyd_is_killed_before_each_of_its_steps(start, images, kinds):
     victim = start(*kinds)
     before = layout(victim.pid)
 
-    def run(limit):
-        words = [sys.executable, "-c", DYING, str(victim.pid), str(limit), str(images)]
-        return subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
-
-    whole = run(10**9)
-    assert whole.returncode == 0, whole.stderr
-    steps = int(whole.stdout)
-    assert steps > 20
-    for limit in range(steps):
-        assert run(limit).returncode == -signal.SIGKILL
-        wait_until(
-            lambda: layout(victim.pid) == before, f"the task to be as before, lazyd killed after {limit} steps", 5
-        )
-        assert not registered(victim.pid)
-    assert run(10**9).returncode == 0
+    with Dying(HEAD, BODY) as dying:
+        code, steps = dying.run(10**9, victim.pid, images)
+        assert code == 0
+        assert steps > 20
+        for limit in range(steps):
+            assert dying.run(limit, victim.pid, images)[0] == -signal.SIGKILL
+            wait_until(
+                lambda: layout(victim.pid) == before, f"the task to be as before, lazyd killed after {limit} steps", 5
+            )
+            assert not registered(victim.pid)
+        assert dying.run(10**9, victim.pid, images)[0] == 0
     assert victim.finish() == "ok\n"
 
 

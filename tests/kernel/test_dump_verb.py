@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from kernel_harness import NEEDS_KTHREADD, Dying, layout, wait_until
+from kernel_harness import NEEDS_KTHREADD, layout, wait_until
+from process_harness import Dying
 
 from lazyd.target import tracing
 
@@ -161,6 +162,7 @@ os.mkfifo("fifo"); fifo = os.open("fifo", os.O_RDWR)
 locked = open("locked", "w"); fcntl.flock(locked, fcntl.LOCK_EX)
 owned = open("owned", "w"); fcntl.fcntl(owned, fcntl.F_SETOWN, os.getpid())
 path = os.open("/", os.O_PATH)
+own = open("/proc/self/status")
 strange = open(b"strange \xff", "w")
 os.mkdir("covered")
 covered = open("covered/file", "w")
@@ -202,6 +204,7 @@ WORDS = [
     "a file lock",
     "F_SETOWN",
     "O_PATH",
+    "a file about a process",
     "a device",
     "System V shared memory",
     "asynchronous I/O",

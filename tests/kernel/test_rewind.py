@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import pytest
 from kernel_harness import STRESS, wait_until
+from process_harness import Dying
 
 import lazyd.daemon
 import lazyd.restore.rewind  # noqa: F401  what is forked has it already
-from lazyd.target.tracing import status_fields, thread_ids
+from lazyd.target.tracing import state_of, status_fields, thread_ids
 
 SOURCE = Path(__file__).parent.parent / "victims/rewound.c"
 PYTHON = "/usr/bin/python3" if Path("/usr/bin/python3").exists() else os.path.realpath(sys.executable)
@@ -50,7 +52,8 @@ class Victim:
             raise
 
     def dump(self):
-        """Write its checkpoint; it goes on."""
+        """Write its checkpoint, over an older one; it goes on."""
+        shutil.rmtree(self.images, ignore_errors=True)
         words = ["dump", "--pid", str(self.pid), "-D", str(self.images), "-R"]
         run = subprocess.run([*LAZYD, *words], capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr
@@ -149,6 +152,27 @@ def test_while_its_old_memory_is_freed(start):
     assert int(status_fields(victim.pid)["VmSize"].split()[0]) < 64 * 1024 * 3
 
 
+@pytest.mark.parametrize("then", ["ran", "stopped"])
+@pytest.mark.parametrize("now", ["runs", "stopped"])
+def test_it_runs_or_is_stopped_as_it_was(start, then, now):
+    victim = start()
+    if then == "stopped":
+        os.kill(victim.pid, signal.SIGSTOP)
+        wait_until(lambda: state_of(victim.pid) == "T", "the stop")
+        victim.dump()
+        os.kill(victim.pid, signal.SIGCONT)
+    victim.check()
+    victim.forget()
+    if now == "stopped":
+        os.kill(victim.pid, signal.SIGSTOP)
+        wait_until(lambda: all(state_of(tid) == "T" for tid in thread_ids(victim.pid)), "the stop")
+    code, said = victim.rewind()
+    assert code == 0, said
+    assert (state_of(victim.pid) == "T") is (then == "stopped")
+    os.kill(victim.pid, signal.SIGCONT)
+    victim.check()
+
+
 PROGRAM = """
 import array, hashlib, os, threading, time
 words = array.array("Q", range(400_000))
@@ -203,21 +227,12 @@ def test_a_real_program(start_script):
 
 # ---- lazyd is killed ----
 
-DYING = """
-import itertools, os, signal, sys
-limit = int(sys.argv.pop(1))
+HEAD = """
+from lazyd import cli
+import lazyd.restore.rewind
 from lazyd.target import puppet, remote, tracing
-numbers = itertools.count(1)
-def counted(function):
-    def counting(*arguments):
-        if next(numbers) > limit:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments)
-    return counting
 puppet.request = remote.request = tracing.request = counted(tracing.request)
 os.pwrite = counted(os.pwrite)
-from lazyd.cli import main
-sys.exit(main())
 """
 
 
@@ -226,6 +241,7 @@ def test_lazyd_is_killed_in_the_middle(program, tmp_path):
     lived = died = number = 0
     step = max(1, 60 // STRESS)
     victim = None
+    dying = Dying(HEAD, "return cli.main(words)")
     try:
         while True:
             if victim is None:
@@ -235,11 +251,11 @@ def test_lazyd_is_killed_in_the_middle(program, tmp_path):
                 victim.check()
             victim.forget()
             words = ["rewind", "-D", str(victim.images), "--pid", str(victim.pid), "--no-progress"]
-            run = subprocess.run([sys.executable, "-c", DYING, str(number * step), *words], check=False)
+            code, _ = dying.run(number * step, *words)
             number += 1
-            if run.returncode == 0:
+            if code == 0:
                 break
-            assert run.returncode == -signal.SIGKILL
+            assert code == -signal.SIGKILL
             # Whoever is killed by PTRACE_O_EXITKILL is killed a moment after its tracer.
             wait_until(
                 lambda victim=victim: (
@@ -266,6 +282,7 @@ def test_lazyd_is_killed_in_the_middle(program, tmp_path):
                 victim = None
         victim.check()
     finally:
+        dying.close()
         if victim is not None:
             victim.close()
     assert lived
@@ -311,6 +328,20 @@ os.mknod("STATE/ended")
 while True:
     time.sleep(0.005)
 """
+
+
+def test_images_of_shared_memory_that_are_garbled(start):
+    """What it would take to notice that too late is the task."""
+    victim = start()
+    victim.check()
+    for path in victim.images.glob("pagemap-shmem-*.img"):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1])
+        assert f"{path}, offset " in refused(victim)
+        path.write_bytes(whole)
+    victim.forget()
+    assert victim.rewind()[0] == 0
+    victim.check()
 
 
 def test_children_descriptors_and_another_program(start_script):

@@ -20,19 +20,24 @@ ROOT = Path(lazyd.__file__).parent
 LEVELS = [
     {"__main__"},
     {"cli"},
-    {"cli_dump", "cli_restore", "daemon"},
+    {"cli_dump", "cli_restore", "cli_serve"},
+    {"arguments"},
+    {"daemon"},
     {"session"},
-    {"keeper", "uffd", "source", "target", "dump", "restore", "report", "restore_socket", "net"},
-    {"image", "wire"},
+    {"keeper", "uffd", "source", "target", "dump", "restore", "report", "restore_socket", "serve", "net"},
+    {"image", "tcp", "tls", "wire"},
     {"units", "errors"},
+    {"deferred", "tuples"},
 ]
 ACROSS = {
-    ("cli_restore", "daemon"),
     ("dump", "report"),
     ("dump", "target"),
     ("keeper", "uffd"),
     ("report", "uffd"),
     ("restore", "target"),
+    ("serve", "dump"),
+    ("serve", "report"),
+    ("tls", "wire"),
     ("units", "errors"),
 }
 ONLY_IMPORTERS = {
@@ -40,6 +45,7 @@ ONLY_IMPORTERS = {
     "lazyd.image._pagemap": {"image"},
     "lazyd.target._target": {"target"},
     "lazyd.dump._memory": {"dump"},
+    "lazyd.serve._server": {"serve"},
     "google.protobuf": {"image"},
     "ptrace": {"target"},
     "pyroute2": {"net"},
@@ -47,7 +53,17 @@ ONLY_IMPORTERS = {
 }
 # Before the socket listens, users wait: what is slow to import is imported when it is needed.
 NEVER_AT_THE_TOP = {"rich", "json", "importlib.metadata", "traceback", "dataclasses", "logging", "asyncio"}
-ON_THE_WAY_TO_LISTENING = {"cli", "daemon", "session", "keeper", "restore_socket", "report", "target", "uffd"}
+ON_THE_WAY_TO_LISTENING = {
+    "cli",
+    "arguments",
+    "daemon",
+    "session",
+    "keeper",
+    "restore_socket",
+    "report",
+    "target",
+    "uffd",
+}
 
 
 def room(path):

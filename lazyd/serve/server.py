@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: MIT
+"""The listening side of the page server: a thread for each client, until a signal ends it.
+
+A client that fails, stalls or asks nonsense is its own thread's trouble. What all share is bounded: at CLIENTS_MAX
+clients at once the next one is hung up on, and said so.
+"""
+
+from __future__ import annotations
+
+import resource
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from lazyd.errors import LazydError
+from lazyd.serve.connection import Desk, serve_connection
+
+if TYPE_CHECKING:
+    from lazyd.tls.handshake import Endpoint
+
+CLIENTS_MAX = 512
+# What a thread needs is a few frames of Python and of C.
+_STACK_BYTES = 512 << 10
+_RETRY_S = 0.5
+
+
+def prepare_process() -> None:
+    """Have as many descriptors as may be had, for clients and pages images, and threads that take little."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    threading.stack_size(_STACK_BYTES)
+
+
+def serve_client(
+    connection: socket.socket,
+    name: str,
+    desk: Desk,
+    endpoint: Endpoint | None = None,
+    note: Callable[[socket.socket], None] = lambda _: None,
+) -> None:
+    """Serve one connected client, by TLS if there is an endpoint, and close the connection; nothing is raised.
+
+    `note` is told the socket which, shut down by another thread, ends the session.
+    """
+    with connection:
+        note(connection)
+        if endpoint is None:
+            serve_connection(connection, name, desk)
+            return
+        from lazyd.tls.pump import How, Runs  # noqa: PLC0415  ssl takes its time
+
+        try:
+            with endpoint.open(connection, name, runs=Runs.IN_THREAD) as tunnel:
+                note(tunnel.plain)
+                serve_connection(tunnel.plain, name, desk)
+            ending = tunnel.ending()
+            if ending is not None and ending.how is not How.CLOSED:
+                desk.log.error(f"{name}: {ending.reason}")
+        except LazydError as error:
+            desk.log.error(str(error))
+
+
+class Server:
+    """Serves whoever connects to a listening socket, which is the caller's."""
+
+    def __init__(self, listener: socket.socket, desk: Desk, endpoint: Endpoint | None = None) -> None:
+        self._listener = listener
+        self._desk = desk
+        self._endpoint = endpoint
+        self._lock = threading.Lock()
+        self._clients: dict[threading.Thread, socket.socket] = {}
+        self._is_crowded = False
+        self._is_ending = False
+
+    def run(self, stop: int) -> None:
+        """Serve until the descriptor `stop` can be read; then hang up on all clients, and wait for their threads."""
+        self._listener.setblocking(False)  # noqa: FBT003  its only way
+        poll = select.poll()
+        poll.register(self._listener, select.POLLIN)
+        poll.register(stop, select.POLLIN)
+        while stop not in dict(poll.poll()):
+            self._accept()
+        self._end()
+
+    def _accept(self) -> None:
+        try:
+            connection, address = self._listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return  # gone again
+        except OSError as error:
+            # No descriptors or no memory: clients that end give some back.
+            self._desk.log.error(f"accept: {(error.strerror or str(error)).lower()}")
+            time.sleep(_RETRY_S)
+            return
+        name = _name(address)
+        with self._lock:
+            is_crowded = len(self._clients) >= CLIENTS_MAX
+            is_first, self._is_crowded = is_crowded and not self._is_crowded, is_crowded
+        if is_first:
+            self._desk.log.error(f"{name}: hung up on, as others that follow: {CLIENTS_MAX} clients are here already")
+        if is_crowded:
+            connection.close()
+            return
+        thread = threading.Thread(target=self._serve, args=(connection, name), name=name)
+        with self._lock:
+            self._clients[thread] = connection
+        try:
+            thread.start()
+        except RuntimeError as error:  # the limit on processes
+            self._desk.log.error(f"{name}: hung up on: {error}")
+            self._forget(thread)
+            connection.close()
+
+    def _serve(self, connection: socket.socket, name: str) -> None:
+        thread = threading.current_thread()
+
+        def note(now: socket.socket) -> None:
+            with self._lock:
+                self._clients[thread] = now
+                if self._is_ending:
+                    _hang_up(now)
+
+        try:
+            self._desk.log.debug(f"{name}: connected")
+            serve_client(connection, name, self._desk, self._endpoint, note)
+        finally:
+            self._forget(thread)
+
+    def _forget(self, thread: threading.Thread) -> None:
+        with self._lock:
+            del self._clients[thread]
+
+    def _end(self) -> None:
+        with self._lock:
+            self._is_ending = True
+            clients = dict(self._clients)
+            for connection in clients.values():
+                _hang_up(connection)
+        for thread in clients:
+            thread.join()
+
+
+def _hang_up(connection: socket.socket) -> None:
+    with suppress(OSError):  # it has just ended by itself
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _name(address: tuple[str, int] | tuple[str, int, int, int]) -> str:
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
