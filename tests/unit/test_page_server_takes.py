@@ -476,8 +476,9 @@ def test_what_cannot_be_served_is_said_in_one_line(tmp_path):
             assert ran.stderr.count("\n") == 1, ran.stderr
 
 
-def test_a_socket_that_is_passed(tmp_path):
-    """One session, and it ends."""
+@pytest.mark.parametrize("how", ["closed", "broken", "signal"])
+def test_a_socket_that_is_passed(how, tmp_path):
+    """One session, and it ends; the exit code says how."""
     ours, theirs = socket.socketpair()
     words = [LAZYD_COMMAND, "page-server", "-D", str(tmp_path), "--ps-socket", str(theirs.fileno())]
     process = subprocess.Popen(words, pass_fds=[theirs.fileno()], stderr=subprocess.DEVNULL)
@@ -486,9 +487,16 @@ def test_a_socket_that_is_passed(tmp_path):
         client = Client(ours, 24)
         begin(client)
         add(client, 0, 1, PRESENT)
-        assert close(client, FORCE_CLOSE) == 0
-    assert process.wait(20) == 0
-    assert content(tmp_path)[1] == patterns(0)
+        if how == "closed":
+            assert close(client, FORCE_CLOSE) == 0
+        elif how == "signal":
+            process.terminate()
+            assert client.is_hung_up_on()
+    assert process.wait(20) == (0 if how == "closed" else 1)
+    if how == "closed":
+        assert content(tmp_path)[1] == patterns(0)
+    else:
+        assert listing(tmp_path) == {}
 
 
 def test_into_the_background(tmp_path):
@@ -562,8 +570,8 @@ def test_more_clients_than_there_is_room_for(tmp_path, monkeypatch):
     log = Lines()
     reading, writing = os.pipe()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = server_module.Server(listener, Desk(log, tmp_path))
-        thread = threading.Thread(target=server.run, args=(reading,))
+        server = server_module.Server(Desk(log, tmp_path))
+        thread = threading.Thread(target=server.run, args=(listener, reading))
         thread.start()
         clients = [Client(socket.create_connection(listener.getsockname()), 24) for _ in range(6)]
         for client in clients[3:]:
