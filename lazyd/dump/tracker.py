@@ -52,6 +52,11 @@ class Tracker:
         self._is_borrowed = is_borrowed
         self._lost = "nothing has been tracked yet"
 
+    @property
+    def is_free(self) -> bool:
+        """Say whether it may begin anew: no images go by what it knows, and nobody else has it."""
+        return self.track is Track.UFFD and not self._is_borrowed and not self.has_baseline
+
     @classmethod
     def start(cls, pid: int, uffd: int = -1) -> Tracker:
         """Start anew. `uffd` was opened in the task if needs_uffd(), and is owned from here on, also on errors.
