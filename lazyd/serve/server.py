@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from lazyd.errors import LazydError
 from lazyd.serve.connection import Desk, serve_connection
+from lazyd.tcp import Peer, prepare
 
 if TYPE_CHECKING:
     from lazyd.tls.handshake import Endpoint
@@ -51,6 +52,7 @@ def serve_client(
         note(connection)
         if endpoint is None:
             return serve_connection(connection, name, desk)
+        prepare(connection, Peer.MAY_PAUSE)
         from lazyd.tls.pump import How, Runs  # noqa: PLC0415  ssl takes its time
 
         try:
