@@ -115,9 +115,10 @@ def test_the_server_is_killed_at_any_moment(stage, steps, make):
         assert result == (0, "ok\n"), f"{result}\n{daemon.output}"
         skeleton.close()
         assert daemon.wait() == 0, daemon.output
-        # One that is killed before it has heard the answer leaves it unread, which TCP tells as a reset.
+        # All has come, then. One that is killed while it says so leaves it at the end of the connection, which a stock
+        # source takes for the same; with an answer unread, TCP calls that a reset.
         source.wait_for_end()
-        assert source.lines()[-2] == "close 0x1024"
+        assert source.lines()[-1] in ("eof", "broken")
 
 
 class Wrong(Answers):
