@@ -46,16 +46,17 @@ class Desk(NamedTuple):
     """Free in the parent of `images` what a dump replaces."""
 
 
-def serve_connection(connection: socket.socket, name: str, desk: Desk, *, stall_s: float = STALL_S) -> None:
-    """Serve one connected client until it has ended, and say how it went; nothing is raised. `name` is for the log.
+def serve_connection(connection: socket.socket, name: str, desk: Desk, *, stall_s: float = STALL_S) -> bool:
+    """Serve one connected client until it has ended, and say how it went. `name` is for the log.
 
-    The socket stays the caller's, who may shut it down from another thread to end this.
+    Return whether it ended well; nothing is raised. The socket stays the caller's, who may shut it down from another
+    thread to end this.
     """
     peer = Peer(connection.fileno(), name)
     session = _Session(connection, peer, desk, stall_s)
     try:
         _set_timeouts(connection, min(stall_s / 4, DEAD_AFTER_S))
-        session.run()
+        return session.run()
     except LazydError as error:
         desk.log.error(str(error))
     except OSError as error:
@@ -68,6 +69,7 @@ def serve_connection(connection: socket.socket, name: str, desk: Desk, *, stall_
         # What it still sends is of no use: it shall hear so now.
         with suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
+    return False
 
 
 def _summary(peer: Peer) -> str:
@@ -87,6 +89,7 @@ class _Session:
         self._peer = peer
         self._desk = desk
         self._stall_s = stall_s
+        self._is_well = True
         self._has_stalled = False
         self._moved = -1
         self._moved_at = 0.0
@@ -100,24 +103,23 @@ class _Session:
         if self._borrowed is not None:
             self._borrowed.give_back()
 
-    def run(self) -> None:
-        """Serve until the client ends; ProtocolError and OSError end it, too."""
+    def run(self) -> bool:
+        """Serve until the client ends; ProtocolError and OSError end it, too. Return whether all has gone well."""
         while True:
             match self._peer.run():
                 case Event.ENDED:
                     if not self._inbox.is_empty:
-                        raise ProtocolError(
-                            self._peer.name, "hung up before the end of its dump: nothing of it is kept"
-                        )
-                    return
+                        reason = "hung up before the end of its dump: nothing of it is kept"
+                        raise ProtocolError(self._peer.name, reason)
+                    return self._is_well
                 case Event.MESSAGE:
                     if not self._take_message():
-                        return
+                        return self._is_well
                 case Event.MISSING:
                     self._miss()
                 case Event.UNREADABLE:
                     self._end_unreadable()
-                    return
+                    return False
                 case Event.STALLED:
                     self._note_stall()
                 case Event.UNWRITTEN:
@@ -147,7 +149,9 @@ class _Session:
             case Command.ADD | Command.HOLE | Command.ADD_F:
                 self._add(message)
             case Command.CLOSE | Command.FORCE_CLOSE:
-                self._reply(Answer.STATUS, self._inbox.finish())
+                status = self._inbox.finish()
+                self._is_well = self._is_well and not status
+                self._reply(Answer.STATUS, status)
                 return message.command is Command.CLOSE and self._peer.header is not None
         return True
 

@@ -152,6 +152,21 @@ def test_lazyd_fills_from_it(sent, tmp_path):
     assert said.count(" answers, ") == 1
 
 
+@pytest.mark.parametrize("suite", ["trixie"], indirect=True)  # of the server it asks the same with either
+def test_a_tree_and_its_shared_memory(suite, victim, tmp_path):
+    """Many images in one session, and questions for many tasks over one connection."""
+    (tmp_path / "remote").mkdir()
+    with running_server(tmp_path / "remote", tmp_path / "log", "--lazy-pages") as server:
+        command = [str(victim), "tree", str(tmp_path / "state")]
+        saved = harness.checkpoint(suite, command, tmp_path, (*TO, str(server.port)))
+        for path in (tmp_path / "remote").glob("*.img"):
+            shutil.copy(path, saved.images)
+        images = without_lazy_pages(saved, tmp_path / "there")
+        restore_from(LAZYD_COMMAND, saved, images, tmp_path / "work", server.port)
+    assert "Error" not in server.log.read_text()
+    assert len(list(saved.images.glob("pagemap-*.img"))) > 50
+
+
 @pytest.mark.parametrize("suite", ["sid"], indirect=True)  # of the server it asks the same with either
 def test_lazyd_goes_on_when_its_server_was_killed(suite, sent, tmp_path):
     """The server stands still when the program wants its memory, and is killed; another one takes its place."""
