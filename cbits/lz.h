@@ -676,12 +676,20 @@ int lz_stream_pages(int pid, int in, const struct lz_page_pipe *pipe, int out, c
 /* cffi: end */
 
 /* cffi: server */
-/* What a page server can send of one task: its flat table, and the pages images by source. All stay the caller's. */
+#define LZ_LOST_MAX 256
+
+/*
+ * What a page server can send of one task: its flat table, and the pages images by source. All stay the caller's; any
+ * number of threads may use it at once.
+ */
 struct lz_shelf {
 	uint64_t pid;
 	const struct lz_extent *rows;
 	uint64_t count;
 	const int *fds;
+	/* Pages that could not be read; the first LZ_LOST_MAX are never tried again. Of no meaning outside. */
+	uint64_t lost_count;
+	uint64_t lost[LZ_LOST_MAX];
 };
 
 struct lz_page_pipe;
@@ -712,7 +720,7 @@ struct lz_peer {
 	uint64_t address;      /* of LZ_PEER_MISSING, LZ_PEER_UNREADABLE and LZ_PEER_UNSORTED */
 	uint64_t task;         /* of the first two */
 
-	const struct lz_shelf **shelves; /* set by the caller: the tasks whose GETs are answered here */
+	struct lz_shelf **shelves; /* set by the caller: the tasks whose GETs are answered here */
 	uint64_t shelf_count;
 
 	struct lz_page_pipe *pipe; /* set by the caller: the image that entries belong to; NULL: none is open */
@@ -734,7 +742,7 @@ struct lz_peer {
 	uint32_t head_filled; /* of a message that is not complete yet */
 	uint32_t is_corked;
 	uint64_t data_left; /* of an entry, to come */
-	const struct lz_shelf *reply_shelf;
+	struct lz_shelf *reply_shelf;
 	uint64_t reply_row, reply_at, reply_left; /* bytes of pages of an answer, to be sent */
 	uint32_t reply_head_at, reply_head_left;
 	uint8_t reply_head[32];

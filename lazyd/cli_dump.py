@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from lazyd.arguments import Parser, add_telling, log_of, show_of
 from lazyd.errors import LazydError, UsageError
+from lazyd.tls.settings import add_options, files_of
 
 if TYPE_CHECKING:
     from lazyd.report import Log
@@ -50,6 +51,7 @@ def _make_parser() -> Parser:
         choices=("24", "32"),
         help="bytes of its messages' headers: 24 for criu up to 4.1 (the default), 32 from 4.2 on",
     )
+    add_options(remote)
     telling = parser.add_argument_group("telling")
     telling.add_argument("-o", "--log-file", metavar="FILE", type=Path, help="log to this file in the images' folder")
     telling.add_argument("--stats", metavar="FILE", type=Path, help="write what was dumped as JSON")
@@ -90,8 +92,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
                 raise UsageError(f"lazyd {verb}: --{option} is about images here, --page-server puts them elsewhere")
         if verb == "pre-dump":
             raise UsageError("lazyd pre-dump: --page-server: what is tracked is bound to images here")
-    elif given.address or given.port or given.page_server_header:
-        raise UsageError(f"lazyd {verb}: --address, --port and --page-server-header are for --page-server")
+    elif given.address or given.port or given.page_server_header or given.tls:
+        raise UsageError(f"lazyd {verb}: --address, --port, --page-server-header and --tls are for --page-server")
     return given
 
 
@@ -140,6 +142,7 @@ def run(arguments: Sequence[str]) -> int:
         form=PagemapFormat(DIALECTS[given.pagemap_format]),
         auto_dedup=given.auto_dedup,
         page_server=(given.address, given.port, int(given.page_server_header or 24)) if given.page_server else None,
+        tls=files_of(given),
         may_hold=may_hold,
         show=show_of(given, is_daemon=False),
     )

@@ -125,6 +125,7 @@ _ANSWER_STRUCTS = {
     Answer.STATUS: struct.Struct("<i"),
     Answer.IDENTITY: struct.Struct("<Q"),
 }
+_TLS_ALERT = 21
 _PID_MAX = 1 << 22  # the most that pid_max(5) can be
 _USER_SPACE_START = 0x10000
 _TASK_TYPE, _SHARED_TYPE = 1, 2
@@ -179,6 +180,15 @@ def encode(message: Message, header: HeaderSize) -> bytes:
         raise ValueError(f"{message.pages} pages do not fit this header: cut the run")
     word = message.command | message.flags << 16
     return _STRUCTS[header].pack(word, message.pages, message.address, message.destination)
+
+
+def following_bytes(content: bytes, header: HeaderSize) -> int | None:
+    """Tell how many bytes of pages follow an encoded header; None: it is no header."""
+    word, pages, address, destination = _STRUCTS[header].unpack(content)
+    try:
+        return Message(Command(word & 0xFFFF), address, pages, destination, Flags(word >> 16)).data_bytes
+    except ValueError:
+        return None
 
 
 def encode_reply(reply: Reply) -> bytes:
@@ -355,7 +365,9 @@ class ClientParser(_Parser):
         self._awaited.popleft()
         (value,) = layout.unpack(content)
         if awaited in (Answer.HAS_PARENT, Answer.PARENT_STATUS) and value > 1:
-            raise self._error(f"{value} as an answer to whether there is a parent")
+            # The first byte of the alert that a server sends to what is no TLS (RFC 8446, section 5.1).
+            hint = "; it wants TLS" if value == _TLS_ALERT else ""
+            raise self._error(f"{value} as an answer to whether there is a parent{hint}")
         return Reply(awaited, value)
 
     def _next_pages(self) -> Message | None:

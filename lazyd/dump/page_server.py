@@ -10,16 +10,22 @@ from __future__ import annotations
 
 import socket
 import struct
-from contextlib import suppress
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from lazyd.dump.core import PageKind, PagemapFormat, PagePipe, Progress, Source, stream_pages
 from lazyd.dump.transfer import Destination, MemoryImage, Transfer
 from lazyd.errors import DumpError, ProtocolError, SystemCallError
 from lazyd.image import ExtentTable
+from lazyd.tcp import Peer, connect
 from lazyd.wire import ClientParser, Command, Data, HeaderSize, Message, Reply, image_id
 
+if TYPE_CHECKING:
+    from lazyd.tls.handshake import Endpoint
+    from lazyd.tls.pump import Tunnel
+
 _RECEIVE_BYTES = 4096
+_ENDING_S = 1.0
 DEFAULT_TIMEOUT_S = 30.0
 
 
@@ -34,18 +40,18 @@ class PageServer(Destination):
         *,
         header: HeaderSize | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        tunnel: Tunnel | None = None,
     ) -> None:
         """Take over a connected stream socket; `peer` names it in errors. header None: as the format goes.
 
-        timeout_s: how long an answer, or room for more bytes, may take to come.
+        timeout_s: how long an answer, or room for more bytes, may take to come. tunnel: whose plain end it is.
         """
         self.form = form or PagemapFormat()
         self.peer = peer
         self._socket = connection
+        self._tunnel = tunnel
         self._socket.settimeout(timeout_s)
         self._timeout_s = timeout_s
-        with suppress(OSError):  # not TCP
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._parser = ClientParser(peer, header or (HeaderSize.WIDE if self.form.wide else HeaderSize.NARROW))
         self._is_failed = False
         self._is_closed = False
@@ -59,16 +65,16 @@ class PageServer(Destination):
         *,
         header: HeaderSize | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        tls: Endpoint | None = None,
     ) -> PageServer:
-        """Connect by TCP; the rest as for the constructor."""
+        """Connect by TCP, and shake hands if there is TLS; the rest as for the constructor."""
         peer = f"{address}:{port}"
-        try:
-            connection = socket.create_connection((address, port), timeout_s)
-        except socket.gaierror as error:
-            raise DumpError(f"{address}: no such host: {(error.strerror or '').lower()} (--address)") from error
-        except OSError as error:
-            raise SystemCallError("connect", error.errno or 0, path=peer, hint="is the page server up?") from error
-        return cls(connection, peer, form, header=header, timeout_s=timeout_s)
+        connection = connect(address, port, Peer.MAY_PAUSE, timeout_s=timeout_s)
+        tunnel = None
+        if tls is not None:
+            tunnel = tls.open(connection, address, peer=peer)
+            connection = tunnel.plain
+        return cls(connection, peer, form, header=header, timeout_s=timeout_s, tunnel=tunnel)
 
     def open(self, image: MemoryImage, expected_bytes: int = 0) -> Transfer:
         """Start an image; the server hears of it when its turn comes."""
@@ -112,10 +118,15 @@ class PageServer(Destination):
 
     def _link_error(self, call: str, error: OSError) -> SystemCallError:
         self._is_failed = True
-        hint = "the page server hung up; its log may say why (is it of the other header size?)"
+        hint = self._ending() or "the page server hung up; its log may say why (is it of the other header size?)"
         if isinstance(error, TimeoutError) or error.errno in (11, 110):
             hint = f"the page server does not take anything for {self._timeout_s:g} s"
         return SystemCallError(call, error.errno or 110, path=self.peer, hint=hint)
+
+    def _ending(self) -> str:
+        """Return what TLS says of a connection that has ended; "" if that is nothing."""
+        ending = self._tunnel.ending(_ENDING_S) if self._tunnel is not None else None
+        return ending.reason if ending is not None else ""
 
     def _reply(self, doing: str) -> int:
         while True:
@@ -133,7 +144,8 @@ class PageServer(Destination):
                 raise ProtocolError(self.peer, f"{reason}; is it of the other header size?") from error
             if not content:
                 self._is_failed = True
-                raise ProtocolError(self.peer, f"hung up instead of answering to {doing}; its log may say why")
+                reason = self._ending() or "its log may say why"
+                raise ProtocolError(self.peer, f"hung up instead of answering to {doing}; {reason}")
             self._parser.feed(content)
 
     def close(self) -> None:
@@ -153,6 +165,8 @@ class PageServer(Destination):
         """Hang up without a word, so that the server does not take what it has for whole."""
         self._is_closed = True
         self._socket.close()
+        if self._tunnel is not None:
+            self._tunnel.close()
 
     def __enter__(self) -> PageServer:
         return self

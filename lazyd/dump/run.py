@@ -50,6 +50,7 @@ from lazyd.target.state import TaskState, read_state
 from lazyd.target.survey import Look, Survey, check_is_process, has_ended, look_at_all, refuse, started_at
 from lazyd.target.tracing import StoppedTask, thread_ids
 from lazyd.target.userfault import UFFD_USER_MODE_ONLY, open_userfaultfd
+from lazyd.tls.settings import Files
 from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE, human_bytes
 from lazyd.wire import HeaderSize
@@ -79,6 +80,8 @@ class Settings(NamedTuple):
     auto_dedup: bool = False
     page_server: tuple[str, int, int] | None = None
     """Host, port and size of headers of whom the memory goes to; None: into the images."""
+    tls: Files | None = None
+    """How to speak TLS with the page server; None: not at all."""
     may_hold: Sequence[str] = ()
     """Names that may be in the directory: our own log."""
     show: Show = Show.NOTHING
@@ -223,6 +226,11 @@ def dump(settings: Settings, log: Log) -> Dumped:
 
 
 def _dump_tasks(settings: Settings, tasks: list[_Task], log: Log, begun: float) -> Dumped:
+    endpoint = None
+    if settings.tls is not None:
+        from lazyd.tls.handshake import Endpoint, Side  # noqa: PLC0415  few want it, and ssl takes its time
+
+        endpoint = Endpoint(settings.tls, Side.CLIENT)
     build_ids = BuildIds()
     others = Others([task.pid for task in tasks])
     problems = others.find()
@@ -234,7 +242,7 @@ def _dump_tasks(settings: Settings, tasks: list[_Task], log: Log, begun: float) 
         destination: LocalImages | PageServer
         if settings.page_server is not None:
             host, port, header = settings.page_server
-            destination = PageServer.connect(host, port, settings.form, header=HeaderSize(header))
+            destination = PageServer.connect(host, port, settings.form, header=HeaderSize(header), tls=endpoint)
         else:
             destination = LocalImages(writer, settings.form, auto_dedup=settings.auto_dedup)
         with MemoryDump(destination) as memory:

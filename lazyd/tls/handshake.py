@@ -149,7 +149,8 @@ class Endpoint:
                 server_side=self.side is Side.SERVER,
                 server_hostname=address if self._verifies_name else None,
             )
-            session = Session(connection, tls, incoming, outgoing, where, self._certificate)
+            is_client = self.side is Side.CLIENT
+            session = Session(connection, tls, incoming, outgoing, where, self._certificate, is_client)
             self._shake_hands(session, timeout_s)
             self._check_not_revoked(session)
             return Tunnel(session, runs)

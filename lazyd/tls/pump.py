@@ -5,6 +5,10 @@ One loop serves both directions, since a TLS session must not be used by two thr
 buffer and stops reading while its other side does not take, so that neither holds up the other, and nothing grows.
 TLS 1.3 sends what carries no data (session tickets, new keys): it goes no further than here.
 
+What is sent is cut into TLS records as stock criu cuts it: a header has one of its own, and the pages behind it have
+theirs, of 16 KiB each but for the last. Stock counts on that (seen, 4.1.1 and 4.2.1): it puts whole records into a pipe
+that it empties every 64 KiB, and waits for ever if a record in the middle was shorter.
+
 The plain end tells of an end of input, and of nothing else. Whether the peer has closed TLS in good order, or the link
 broke in the middle, is what Tunnel.ending() says; it is known no later than the end is seen.
 
@@ -32,6 +36,7 @@ from pathlib import Path
 from typing import NoReturn, cast
 
 from lazyd.tuples import NamedTuple
+from lazyd.wire import HeaderSize, following_bytes, guess_header
 
 _BUFFER_BYTES = 1 << 19
 _WIRE_BYTES = 1 << 18
@@ -104,6 +109,51 @@ class Session(NamedTuple):
     peer: str
     certificate: Path
     """What is shown to the peer."""
+    is_client: bool
+
+
+class _Records:
+    """Finds the borders of messages in what is sent, which may come in any cut. What is no message is not cut."""
+
+    def __init__(self, *, is_client: bool) -> None:
+        self._is_client = is_client
+        self._header: HeaderSize | None = None
+        self._is_known = False
+        """Whether a client has sent something; without, or with something strange, there is no header."""
+        self._data_left = 0
+
+    def learn(self, start: memoryview) -> None:
+        """Take what a client sends first for what it is."""
+        if not self._is_known and len(start) >= HeaderSize.NARROW:
+            self._header, self._is_known = guess_header(bytes(start[: HeaderSize.NARROW])), True
+
+    @property
+    def is_in_data(self) -> bool:
+        """Tell whether more pages must follow."""
+        return bool(self._data_left)
+
+    def next_length(self, content: memoryview) -> int:
+        """Return how much of the content is to be sent by itself; 0: more of it may be to come."""
+        if self._is_client:
+            self.learn(content)
+            if not self._is_known:
+                return 0
+        if self._data_left:
+            length = min(len(content), self._data_left)
+            if length < self._data_left:
+                length -= length % _RECORD_BYTES
+            self._data_left -= length
+            return length
+        if self._header is None:
+            return len(content)
+        if len(content) < self._header:
+            return 0
+        follows = following_bytes(bytes(content[: self._header]), self._header)
+        if follows is None:
+            self._header = None
+            return len(content)
+        self._data_left = follows
+        return self._header
 
 
 class _Pump:
@@ -123,7 +173,11 @@ class _Pump:
         self._to_wire = memoryview(b"")
         self._has_more = True
         """There may be records that have arrived and are not decrypted."""
+        self._has_heard = False
         self._reads_wire = self._reads_plain = True
+        self._records = _Records(is_client=session.is_client)
+        self._begun = 0
+        """How much of a header is at the start of what was taken."""
         self._has_said_close = False
         self._is_plain_gone = False
         """Nobody has the plain end any more."""
@@ -146,6 +200,8 @@ class _Pump:
         """Do what can be done now, then wait for what can be done next; return False once it is over."""
         self._decrypt()
         self._send_plain()
+        if self._begun and not self._to_wire:
+            self._take()
         if not self._reads_plain and not self._has_said_close and (self._is_plain_gone or not self._has_more):
             self._say_close()
         self._send_wire()
@@ -215,6 +271,9 @@ class _Pump:
             self._reads_wire = self._has_more = False
         finally:
             self._to_plain = self._decrypted[:at]
+            self._has_heard = self._has_heard or bool(at)
+            if not self._session.is_client:
+                self._records.learn(self._to_plain)
             self._collect()
         if not self._reads_wire and not self._to_plain:
             self._end_plain()
@@ -234,17 +293,28 @@ class _Pump:
 
     def _take(self) -> None:
         """Take what is to be sent to the peer."""
+        is_done = False
         try:
-            length = self.plain.recv_into(self._taken)
+            length = self.plain.recv_into(self._taken[self._begun :])
+            is_done = not length
         except BlockingIOError:
-            return
-        except ConnectionResetError:  # closed, with something unread
             length = 0
-        if length:
-            self._tls.write(self._taken[:length])
-            self._collect()
-        else:
-            self._reads_plain = False
+        except ConnectionResetError:  # closed, with something unread
+            length, is_done = 0, True
+        left = self._taken[: self._begun + length]
+        while left:
+            some = self._records.next_length(left)
+            if not some and (is_done or (not length and not self._records.is_in_data)):
+                # Whoever sends a header sends it at once: what is less than one, with nothing behind it, is a number.
+                some = len(left)
+            if not some:
+                break
+            self._tls.write(left[:some])
+            left = left[some:]
+        self._taken[: len(left)] = left
+        self._begun = len(left)
+        self._reads_plain = not is_done
+        self._collect()
 
     def _say_close(self) -> None:
         """Say to the peer that nothing more comes. OpenSSL then looks for the same from the peer: there is no record
@@ -270,7 +340,11 @@ class _Pump:
 
     def _end_plain(self) -> None:
         """Show the peer's end of input at the plain end."""
-        self._report(Ending(How.CLOSED, ""))
+        reason = ""
+        if self._session.is_client and not self._has_heard:  # as stock does, without a word
+            certificate = self._session.certificate
+            reason = f"it has said nothing: it may not trust our certificate {certificate}, and its log may say so"
+        self._report(Ending(How.CLOSED, reason))
         with contextlib.suppress(OSError):
             self.plain.shutdown(socket.SHUT_WR)
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lazyd.errors import UsageError
 from lazyd.tuples import NamedTuple
 
 DEFAULT_AUTHORITY = Path("/etc/pki/CA/cacert.pem")
@@ -27,9 +26,6 @@ class Files(NamedTuple):
     """A client only talks to a server whose certificate is for the address that it was told."""
 
 
-_OPTIONS = ("tls_cacert", "tls_cacrl", "tls_cert", "tls_key", "tls_no_cn_verify")
-
-
 def add_options(parser: argparse._ActionsContainer) -> None:
     """Add criu's options to a command line."""
     parser.add_argument("--tls", action="store_true", help="by TLS; both ends show certificates")
@@ -44,11 +40,8 @@ def add_options(parser: argparse._ActionsContainer) -> None:
 
 
 def files_of(given: argparse.Namespace) -> Files | None:
-    """Return what a command line says; None without --tls. UsageError if it says half of it."""
+    """Return what a command line says; None without --tls: files alone mean nothing, as in a configuration file."""
     if not given.tls:
-        for name in _OPTIONS:
-            if getattr(given, name):
-                raise UsageError(f"lazyd: --{name.replace('_', '-')} is for --tls")
         return None
     return Files(
         given.tls_cacert,

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -164,8 +165,16 @@ def is_listening(port: int) -> bool:
 
 
 @contextmanager
-def page_server(suite: str, folder: Path, parent: Path | None = None, *, whose: str = "stock"):
-    """Run the stock page server, or lazyd's, on a directory; yield its port, and see that it ends well."""
+def page_server(
+    suite: str,
+    folder: Path,
+    parent: Path | None = None,
+    *,
+    whose: str = "stock",
+    extra: Sequence[str] = (),
+    exit_code: int = 0,
+):
+    """Run the stock page server, or lazyd's, on a directory; yield its port, and see how it ends."""
     folder.mkdir()
     if whose == "lazyd":
         on_top = () if parent is None else ("--prev-images-dir", os.path.relpath(parent, folder))
@@ -174,14 +183,14 @@ def page_server(suite: str, folder: Path, parent: Path | None = None, *, whose: 
         return
     port = free_port()
     words = [harness.criu_command(suite), "page-server", "-D", str(folder), "--address", "127.0.0.1"]
-    words += ["--port", str(port), "-o", "page-server.log", "-v4"]
+    words += ["--port", str(port), "-o", "page-server.log", "-v4", *extra]
     if parent is not None:
         words += ["--prev-images-dir", os.path.relpath(parent, folder)]
     process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         harness.wait_until(lambda: is_listening(port) or process.poll() is not None, "the page server")
         yield port
-        assert process.wait(20) == 0, harness.tail(folder / "page-server.log")
+        assert process.wait(20) == exit_code, harness.tail(folder / "page-server.log")
     finally:
         if process.poll() is None:
             process.kill()

@@ -37,6 +37,7 @@ ACROSS = {
     ("restore", "target"),
     ("serve", "dump"),
     ("serve", "report"),
+    ("tls", "wire"),
     ("units", "errors"),
 }
 ONLY_IMPORTERS = {

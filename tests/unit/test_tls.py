@@ -2,7 +2,7 @@
 """TLS tunnels: what goes in comes out, how they end, and what is said of certificates and peers that are no good.
 
 Certificates come from the cryptography package. The other end is a tunnel too, or Python's ssl, or no TLS at all; in
-tests/criu/test_tls.py it is GnuTLS.
+tests/criu/test_tls_like_criu.py it is GnuTLS.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from lazyd.tls.handshake import Endpoint, Side
 from lazyd.tls.pump import Ending, How, Runs
 from lazyd.tls.revocation import Identity, certificate_identity, read_revoked
 from lazyd.tls.settings import Files
+from lazyd.wire import Command, Flags, HeaderSize, Message, encode, image_id
 
 HOST = "127.0.0.1"
 
@@ -187,6 +188,88 @@ def test_a_broken_link_is_not_taken_for_an_end(papers, way):
                     assert len(got) < len(content)
                     assert client.ending().how is How.BROKEN
                     assert client.ending().reason
+
+
+@pytest.mark.parametrize("header", HeaderSize)
+@pytest.mark.parametrize("sender", ["client", "server"])
+def test_messages_are_cut_into_records_as_stock_cuts_them(papers, header, sender):
+    """A header by itself, pages in records of 16 KiB but for the last: whatever pieces they are written in."""
+    chance = random.Random(header)
+    sizes, sent = [], b""
+    for number in range(60):
+        pages = chance.choice((1, 2, 3, 4, 5, 8, 100, 300))
+        if sender == "client" and number % 7 == 0:
+            message = Message(Command.OPEN2, destination=image_id(1, 100 + number))
+        else:
+            message = Message(Command.ADD_F, 0x7000_0000 + number * 0x1000, pages, image_id(1, 100), Flags.PRESENT)
+        sizes.append(header)
+        sent += encode(message, header) + os.urandom(message.data_bytes)
+        whole, rest = divmod(message.data_bytes, 1 << 14)
+        sizes += [1 << 14] * whole + [rest] * bool(rest)
+    asked = encode(Message(Command.GET, 0x7000_0000, 1, 100), header)
+    with socket.create_server((HOST, 0)) as listening, Sniffer(listening.getsockname(), sender) as sniffer:
+        ends = socket.create_connection((HOST, sniffer.port)), listening.accept()[0]
+        with tunnels(papers, ends=ends) as (client, server):
+            if sender == "server":  # which learns from what it is asked
+                client.plain.sendall(asked)
+                assert receive(server.plain, header) == asked
+            one, other = (client, server) if sender == "client" else (server, client)
+
+            def send():
+                at = 0
+                while at < len(sent):
+                    piece = chance.choice((32, 4096, 65536, 1 << 20))
+                    one.plain.sendall(sent[at : at + piece])
+                    at += piece
+
+            thread = threading.Thread(target=send)
+            thread.start()
+            assert receive(other.plain, len(sent)) == sent
+            thread.join()
+            if sender == "server":  # an answer without a header
+                server.plain.sendall(b"\0\0\0\0")
+                assert receive(client.plain, 4) == b"\0\0\0\0"
+                sizes.append(4)
+    assert [size - 17 for size in sniffer.records][
+        -len(sizes) - 1 : -1
+    ] == sizes  # TLS 1.3 adds 17; the last one closes
+
+
+class Sniffer:
+    """Passes one connection on and notes the lengths of the TLS records that one side sends."""
+
+    def __init__(self, target, side):
+        self.records = []
+        self._listening = socket.create_server((HOST, 0))
+        self.port = self._listening.getsockname()[1]
+        self._threads = [threading.Thread(target=self._serve, args=(target, side))]
+        self._threads[0].start()
+
+    def _serve(self, target, side):
+        client, _ = self._listening.accept()
+        with client, socket.create_connection(target) as server:
+            back = threading.Thread(target=self._pass_on, args=(server, client, side == "server"))
+            back.start()
+            self._pass_on(client, server, side == "client")
+            back.join()
+
+    def _pass_on(self, one, other, notes):
+        held = bytearray()
+        with contextlib.suppress(OSError):
+            while content := one.recv(1 << 18):
+                held += content if notes else b""
+                while len(held) >= 5 and len(held) >= 5 + (length := int.from_bytes(held[3:5], "big")):
+                    self.records.append(length)
+                    del held[: 5 + length]
+                other.sendall(content)
+            other.shutdown(socket.SHUT_WR)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._threads[0].join()
+        self._listening.close()
 
 
 def test_a_pump_that_is_killed_is_a_broken_link(papers):
