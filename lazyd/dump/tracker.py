@@ -145,6 +145,11 @@ class Tracker:
                     why = lines[-1] if lines else f"it ended with {run.returncode}"
                     raise DumpError(f"the process that is to hold the tracking: {why}")
         except BaseException:
+            # An interrupt, say: whoever was started may be there by now, and is not to stay.
+            listener.close()
+            with contextlib.suppress(OSError, ValueError):
+                if (fd := _ask(path, b"T")[1]) >= 0:
+                    os.close(fd)
             path.unlink(missing_ok=True)
             raise
         finally:

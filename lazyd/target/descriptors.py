@@ -14,7 +14,7 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -50,6 +50,15 @@ def _system_call(number: int, *arguments: int) -> int:
 def kcmp(one: int, other: int, kind: int, one_fd: int = 0, other_fd: int = 0) -> int:
     """Compare kernel objects of two threads: 0 the same, else an order; OSError."""
     return _system_call(_SYS_KCMP, one, other, kind, one_fd, other_fd)
+
+
+def shares_with_any(one: int, others: Iterable[int], kind: int) -> bool:
+    """Say whether a thread has the same kernel object as any of others, those left out that may not be asked about.
+
+    For what is asked of all threads of a machine while a task is stopped.
+    """
+    call = _libc.syscall
+    return any(not call(_SYS_KCMP, one, other, kind, 0, 0) for other in others)
 
 
 def take_descriptor(pidfd: int, fd: int) -> int:

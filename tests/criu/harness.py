@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -297,13 +298,18 @@ def start_daemon(suite: str, images: Path, work: Path, extra: tuple[str, ...] = 
     return daemon
 
 
-def criu_restore(suite: str, images: Path, work: Path, extra: tuple[str, ...] = ("--lazy-pages",)) -> None:
-    """Run criu restore, detached; raise with its log if it fails."""
+def criu_restore(
+    suite: str, images: Path, work: Path, extra: tuple[str, ...] = ("--lazy-pages",), enter: Callable | None = None
+) -> None:
+    """Run criu restore, detached; raise with its log if it fails. `enter` puts it into a test host."""
     words = [criu_command(suite), "restore", "-D", str(images), "-W", str(work), "--shell-job", "-d"]
     words += ["-o", "restore.log", "-v1", *extra]
     # Output goes to a file: the restored tasks may hold a pipe open for ever.
     with (work / "restore.out").open("wb") as out:
-        run = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, check=False, timeout=TIMEOUT_S)
+        null = subprocess.DEVNULL
+        run = subprocess.run(
+            words, stdin=null, stdout=out, stderr=out, check=False, timeout=TIMEOUT_S, preexec_fn=enter
+        )
     if run.returncode:
         texts = tail(work / "restore.out"), tail(work / "restore.log")
         raise AssertionError(f"criu restore failed ({run.returncode}):\n" + "\n".join(texts))

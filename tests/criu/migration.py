@@ -111,13 +111,21 @@ class Source:
 
 
 @contextlib.contextmanager
-def _program(command: list[str], state: Path) -> Iterator[int]:
+def _program(command: list[str], state: Path, enter: Callable[[], None] | None) -> Iterator[int]:
     """Run a program as a session leader inside a pid namespace of its own; yield its pid."""
     state.mkdir(parents=True, exist_ok=True)
     null = subprocess.DEVNULL
     # Not --kill-child: that is a death signal, which the copy would get when its restorer ends.
     words = ["unshare", "--fork", "--pid", "setsid", *command]
-    process = subprocess.Popen(words, stdin=null, stdout=null, stderr=null, start_new_session=True, cwd="/")
+    process = subprocess.Popen(
+        words,
+        stdin=null,
+        stdout=null,
+        stderr=null,
+        start_new_session=True,
+        cwd="/",
+        preexec_fn=enter,  # noqa: PLW1509  the tests have no threads where they start it
+    )
     try:
         harness.wait_until((state / "ready").exists, f"{command[0]} to be ready")
         (state / "ready").unlink()
@@ -139,19 +147,20 @@ def source(
     address: str = "127.0.0.1",
     extra: tuple[str, ...] = (),
     enter: Callable[[], None] | None = None,
+    verbosity: str = "-v3",
 ) -> Iterator[Source]:
     """Start a program and dump it lazily; yield once its memory is served. All of it is gone afterwards.
 
-    `enter` puts the dumper into the source host (a test host's own network namespace).
+    `enter` puts both into the source host (a test host's own network namespace).
     """
     images, state = folder / "images", folder / "state"
     images.mkdir(parents=True)
-    with large_pipes(), _program(command, state) as pid:
+    with large_pipes(), _program(command, state, enter) as pid:
         reading, writing = os.pipe()
         port = free_port() if enter is None else 27000
         words = [harness.criu_command(suite), "dump", "-t", str(pid), "-D", str(images), "--shell-job"]
         words += ["--lazy-pages", "--address", address, "--port", str(port), "--status-fd", str(writing)]
-        words += ["-o", "dump.log", "-v3", *extra]
+        words += ["-o", "dump.log", verbosity, *extra]
         with (folder / "dump.out").open("wb") as out:
             dumper = subprocess.Popen(
                 words,
@@ -186,14 +195,21 @@ def daemon_words(who: str, suite: str) -> list[str]:
 
 
 def start_daemon(
-    at: Source, images: Path, work: Path, *, who: str, extra: tuple[str, ...] = (), enter: Callable | None = None
+    at: Source,
+    images: Path,
+    work: Path,
+    *,
+    who: str,
+    extra: tuple[str, ...] = (),
+    enter: Callable[[], None] | None = None,
+    verbosity: str = "-v3",
 ) -> harness.Daemon:
     """Start a lazy-pages daemon that fills from the source; return once it listens."""
     work.mkdir(parents=True, exist_ok=True)
     words = [*daemon_words(who, at.suite), "lazy-pages", "-D", str(images), "-W", str(work)]
     words += [*page_server_words(at), *extra]
     if who == "stock":
-        words += ["-o", "lazy-pages.log", "-v3"]
+        words += ["-o", "lazy-pages.log", verbosity]
     with (work / "daemon.out").open("wb") as out:
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, preexec_fn=enter)  # noqa: PLW1509
     daemon = harness.Daemon(process, work, work / "daemon.out")
@@ -206,14 +222,26 @@ def start_daemon(
 
 
 @contextlib.contextmanager
-def copy(at: Source, images: Path, work: Path, *, extra: tuple[str, ...] = ("--lazy-pages",)) -> Iterator[int]:
-    """Restore the program where its images were copied to; yield the copy's pid. It is gone afterwards."""
+def copy(
+    at: Source,
+    images: Path,
+    work: Path,
+    *,
+    extra: tuple[str, ...] = ("--lazy-pages",),
+    enter: Callable[[], None] | None = None,
+    goes: bool = True,
+) -> Iterator[int]:
+    """Restore the program where its images were copied to; yield the copy's pid. It is gone afterwards.
+
+    goes: it does what it is made for at once; else it waits for STATE/go.
+    """
     (at.state / "result").unlink(missing_ok=True)
-    (at.state / "go").touch()
+    if goes:
+        (at.state / "go").touch()
     pidfile = work / "restored.pid"
     pidfile.unlink(missing_ok=True)
     try:
-        harness.criu_restore(at.suite, images, work, ("--pidfile", str(pidfile), *extra))
+        harness.criu_restore(at.suite, images, work, ("--pidfile", str(pidfile), *extra), enter)
         yield int(pidfile.read_text())
     finally:
         if pidfile.exists():
@@ -246,7 +274,7 @@ def restore(
     """Restore through the daemon; wait for the program's verdict, and for the exits of daemon and dumper."""
     daemon = start_daemon(at, images, work, who=who, extra=extra, enter=enter)
     try:
-        with copy(at, images, work) as pid:
+        with copy(at, images, work, enter=enter) as pid:
             try:
                 harness.wait_until(lambda: at.result.endswith("\n"), "the program's verdict")
                 daemon_exit, dumper_exit = daemon.wait(), at.wait()

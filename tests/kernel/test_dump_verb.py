@@ -538,6 +538,52 @@ def test_a_log_among_the_images(start, tmp_path):
     assert victim.finish() == "ok\n"
 
 
+# ---- what tracks between dumps ----
+
+
+def is_tracked(pid):
+    """Ask the kernel whether anybody has write-protected memory of a task."""
+    return " uw" in Path(f"/proc/{pid}/smaps").read_text()
+
+
+INTERRUPTED = """
+import subprocess, sys, time
+run = subprocess.run
+def interrupted(*words, **named):
+    run(*words, **named)
+    time.sleep(0.5)  # it is there, and serves
+    raise KeyboardInterrupt
+subprocess.run = interrupted
+from lazyd.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_interrupt_leaves_no_tracker_that_nobody_finds(start, tmp_path):
+    victim = start("registers")
+    words = [sys.executable, "-c", INTERRUPTED, "pre-dump", "--pid", str(victim.pid), "-D", str(tmp_path / "first")]
+    run = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    assert run.returncode == 1
+    wait_until(lambda: not is_tracked(victim.pid), "the protection to end", 5)
+    assert lazyd("pre-dump", "--pid", victim.pid, "-D", tmp_path / "second").returncode == 0
+    assert is_tracked(victim.pid)
+    assert victim.finish() == "ok\n"
+
+
+def test_a_tracker_whose_socket_is_removed_ends(start, tmp_path):
+    """Else its task could never be dumped again: its memory is protected by somebody who cannot be asked."""
+    victim = start("registers")
+    assert lazyd("pre-dump", "--pid", victim.pid, "-D", tmp_path / "first").returncode == 0
+    assert is_tracked(victim.pid)
+    (socket,) = Path("/run/lazyd").glob(f"tracker-*-{victim.pid}.socket")
+    socket.unlink()
+    wait_until(lambda: not is_tracked(victim.pid), "the tracker to end", 10)
+    run = lazyd("dump", "--pid", victim.pid, "-D", tmp_path / "second", "--parent", tmp_path / "first", "-R")
+    assert run.returncode == 0, run.stderr
+    assert "in the parent" not in run.stderr
+    assert victim.finish() == "ok\n"
+
+
 # ---- lazyd is ended ----
 
 SLOWLY = """

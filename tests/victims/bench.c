@@ -3,6 +3,7 @@
  * The program that scripts/bench restores: bench DIR sweep MIB STRIDE random|ordered
  *                                          bench DIR fresh MIB IMAGE_MIB
  *                                          bench DIR gaps AREAS
+ *                                          bench DIR crowd MIB THREADS
  *
  * It prepares its memory, creates DIR/ready and polls for DIR/go. Then it times itself, access by access, and writes
  * one JSON object to DIR/result. sweep reads every used page once: every STRIDE-th of MIB is used. fresh writes to
@@ -10,12 +11,14 @@
  * used pages at both ends; IMAGE_MIB of used memory beside it keep the daemon at work meanwhile. gaps is for attaching:
  * it maps AREAS empty areas of 16 pages, 32 pages apart, from GAPS_BASE on, and then looks at the clock until DIR/go is
  * there: the longest time between two looks (max_us) is how long it was stopped.
+ * crowd reads MIB of used pages once, in random order, shared out to THREADS that run from before the dump on.
  *
  * An access longer than SLOW_NS counts as a fault that somebody served. Latencies go into buckets of a sixteenth of an
  * octave, so that a percentile is exact to about 4 %.
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -191,6 +194,77 @@ static void fresh(size_t length, size_t used_length)
 	report(spent, length / PAGE);
 }
 
+/* What the threads of a crowd share, and what each of them has found. */
+struct crowd {
+	char *memory;
+	size_t pages, power, threads;
+	pthread_barrier_t start, end;
+};
+
+struct reader {
+	struct crowd *crowd;
+	size_t number;
+	uint64_t histogram[BUCKETS], slow, slowest, wrong;
+};
+
+static void *read_share(void *argument)
+{
+	struct reader *me = argument;
+	struct crowd *crowd = me->crowd;
+	size_t at = crowd->power / 3;
+	pthread_barrier_wait(&crowd->start);
+	for (size_t i = 0; i < crowd->power; i++) {
+		if (at < crowd->pages && i % crowd->threads == me->number) {
+			uint64_t *word = (uint64_t *)(crowd->memory + at * PAGE);
+			uint64_t before = now_ns(), got = *(volatile uint64_t *)word, ns = now_ns() - before;
+			me->wrong += got != word_of(word);
+			if (ns >= SLOW_NS) {
+				me->histogram[bucket_of(ns)]++;
+				me->slow++;
+				if (ns > me->slowest)
+					me->slowest = ns;
+			}
+		}
+		at = (at * 1664525 + 1013904223) & (crowd->power - 1);
+	}
+	pthread_barrier_wait(&crowd->end);
+	return NULL;
+}
+
+static void crowd(size_t length, size_t threads)
+{
+	static struct crowd all;
+	struct reader *readers = calloc(threads, sizeof(*readers));
+	all = (struct crowd){ .memory = map(length), .pages = length / PAGE, .power = 1, .threads = threads };
+	while (all.power < all.pages)
+		all.power *= 2;
+	for (size_t i = 0; i < all.pages; i++)
+		*(uint64_t *)(all.memory + i * PAGE) = word_of(all.memory + i * PAGE);
+	pthread_barrier_init(&all.start, NULL, (unsigned)threads + 1);
+	pthread_barrier_init(&all.end, NULL, (unsigned)threads + 1);
+	for (size_t i = 0; i < threads; i++) {
+		pthread_t thread;
+		readers[i].crowd = &all;
+		readers[i].number = i;
+		if (pthread_create(&thread, NULL, read_share, &readers[i]))
+			exit(5);
+	}
+	wait_for_dump();
+	uint64_t begin = now_ns();
+	pthread_barrier_wait(&all.start);
+	pthread_barrier_wait(&all.end);
+	uint64_t spent = now_ns() - begin;
+	for (size_t i = 0; i < threads; i++) {
+		for (unsigned bucket = 0; bucket < BUCKETS; bucket++)
+			histogram[bucket] += readers[i].histogram[bucket];
+		slow += readers[i].slow;
+		wrong += readers[i].wrong;
+		if (readers[i].slowest > slowest)
+			slowest = readers[i].slowest;
+	}
+	report(spent, all.pages);
+}
+
 #define GAPS_BASE 0x300000000000UL
 
 static void gaps(size_t areas)
@@ -227,6 +301,8 @@ int main(int argc, char **argv)
 		sweep(length, (size_t)atol(argv[4]), strcmp(argv[5], "random") == 0);
 	else if (strcmp(argv[2], "fresh") == 0 && argc == 5)
 		fresh(length, (size_t)atol(argv[4]) << 20);
+	else if (strcmp(argv[2], "crowd") == 0 && argc == 5)
+		crowd(length, (size_t)atol(argv[4]));
 	else if (strcmp(argv[2], "gaps") == 0 && argc == 4)
 		gaps((size_t)atol(argv[3]));
 	else
