@@ -32,7 +32,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#define BATCH_BYTES (256U << 10)
+#define BATCH_BYTES LZ_EARLY_BATCH_BYTES
 #define BATCH_PAGES (BATCH_BYTES >> LZ_PAGE_SHIFT)
 #define THREADS_MAX 8U
 #define BYTES_FOR_A_THREAD (4U << 20)
@@ -91,6 +91,7 @@ struct job {
 	const struct lz_room *room;
 	int out;
 	struct lz_copy_state *state;
+	uint8_t *done;        /* by batch, whether it was copied; NULL: a page that cannot be read is an error */
 	pthread_mutex_t lock; /* guards what follows */
 	uint64_t run;         /* the next page to be dealt out */
 	uint64_t page;
@@ -244,14 +245,20 @@ static bool copy_into_room(const struct job *job, const struct batch *batch)
 
 static int copy_batch(const struct job *job, const struct batch *batch, uint8_t *bytes, struct lz_copy_state *state)
 {
-	int result;
+	int result = 0;
 
 	if (__atomic_load_n(&job->state->cancel, __ATOMIC_RELAXED))
 		return fail_writing(state, ECANCELED);
-	if (copy_into_room(job, batch))
-		return 0;
-	result = read_batch(&job->source, batch, bytes, state);
-	return result < 0 ? result : write_at(job->out, bytes, batch->bytes, batch->offset, state);
+	if (!copy_into_room(job, batch)) {
+		result = read_batch(&job->source, batch, bytes, state);
+		if (result < 0 && job->done)
+			return 0; /* the task runs, and may have unmapped it */
+		if (result == 0)
+			result = write_at(job->out, bytes, batch->bytes, batch->offset, state);
+	}
+	if (result == 0 && job->done)
+		job->done[batch->offset / LZ_EARLY_BATCH_BYTES] = 1;
+	return result;
 }
 
 static void *copy_batches(void *argument)
@@ -301,9 +308,9 @@ static int start_thread(pthread_t *thread, struct job *job)
 }
 
 static int copy(struct source source, const struct lz_page_pipe *pipe, int out, const struct lz_room *room,
-		uint32_t threads, struct lz_copy_state *state)
+		uint32_t threads, uint8_t *done, struct lz_copy_state *state)
 {
-	struct job job = { .source = source, .pipe = pipe, .room = room, .out = out, .state = state };
+	struct job job = { .source = source, .pipe = pipe, .room = room, .out = out, .state = state, .done = done };
 	uint64_t useful = (pipe->pages[LZ_PAGE_DUMPED] << LZ_PAGE_SHIFT) / BYTES_FOR_A_THREAD;
 	pthread_t others[THREADS_MAX];
 	uint32_t started = 0;
@@ -345,7 +352,17 @@ int lz_copy_pages(int pid, const struct lz_page_pipe *pipe, int out, const struc
 		  struct lz_copy_state *state)
 {
 	struct source source = open_source(pid, -1);
-	int result = copy(source, pipe, out, room, threads, state);
+	int result = copy(source, pipe, out, room, threads, NULL, state);
+
+	close_source(&source);
+	return result;
+}
+
+int lz_copy_early(int pid, const struct lz_page_pipe *pipe, int out, const struct lz_room *room, uint32_t threads,
+		  uint8_t *done, struct lz_copy_state *state)
+{
+	struct source source = open_source(pid, -1);
+	int result = copy(source, pipe, out, room, threads, done, state);
 
 	close_source(&source);
 	return result;
@@ -354,7 +371,7 @@ int lz_copy_pages(int pid, const struct lz_page_pipe *pipe, int out, const struc
 int lz_copy_file(int in, const struct lz_page_pipe *pipe, int out, const struct lz_room *room, uint32_t threads,
 		 struct lz_copy_state *state)
 {
-	return copy(open_source(0, in), pipe, out, room, threads, state);
+	return copy(open_source(0, in), pipe, out, room, threads, NULL, state);
 }
 
 /* The message that goes before a run; its layout is lazyd/wire.py's. Returns its length. */

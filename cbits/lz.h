@@ -591,6 +591,9 @@ struct lz_room {
 int lz_room_make(int fd, uint64_t bytes, uint64_t warm_bytes, struct lz_room *room);
 void lz_room_free(struct lz_room *room);
 
+/* Pages that are copied early are read, and known to be copied or not, in batches of so many bytes of the image. */
+#define LZ_EARLY_BATCH_BYTES 262144
+
 /*
  * Copy the dumped pages of a task into its pages image behind `out`, with up to `threads` threads, by way of the room
  * that was made for it as far as that goes. Reads what the task itself may not read, too. 0 or -errno, then *state
@@ -601,6 +604,27 @@ int lz_copy_pages(int pid, const struct lz_page_pipe *pipe, int out, const struc
 /* The same from a file (shared memory), where the runs' addresses are offsets. */
 int lz_copy_file(int in, const struct lz_page_pipe *pipe, int out, const struct lz_room *room, uint32_t threads,
 		 struct lz_copy_state *state);
+
+/*
+ * Copy the dumped pages of a pipe while the task still runs, one batch of the pages image after the other. done, a
+ * zeroed byte for each batch, says which were copied: what is unmapped meanwhile is no error. Which of the bytes still
+ * are the task's is for tracking to say, which must have begun before. 0 or -errno: nothing can be written, or
+ * -ECANCELED.
+ */
+int lz_copy_early(int pid, const struct lz_page_pipe *pipe, int out, const struct lz_room *room, uint32_t threads,
+		  uint8_t *done, struct lz_copy_state *state);
+/*
+ * Of a pipe of the stopped task, scanned with the tracking that began before `early` was copied: leave as parent holes
+ * the clean pages that were copied early, and make all other clean pages dumped ones. 0 or -ENOMEM.
+ */
+int lz_early_match(struct lz_page_pipe *pipe, const struct lz_page_pipe *early, const uint8_t *done);
+/*
+ * Bring into the pipe's order what lz_copy_early() has put into `image`, and between it what lz_copy_pages() has put
+ * into `late`: the pages image of lz_early_settle()'s pipe, in `image`. 0 or -errno.
+ */
+int lz_early_merge(const struct lz_page_pipe *pipe, const struct lz_page_pipe *early, int image, int late);
+/* Add to `settled`, which is empty, all pages of a pipe, with clean ones as dumped ones. 0 or -ENOMEM. */
+int lz_early_settle(const struct lz_page_pipe *pipe, struct lz_page_pipe *settled);
 /* Add what a file of shared memory holds of [0, bytes) to a pipe. 0 or -errno. */
 int lz_scan_file(int fd, uint64_t bytes, struct lz_page_pipe *pipe);
 
@@ -652,12 +676,20 @@ int lz_stream_pages(int pid, int in, const struct lz_page_pipe *pipe, int out, c
 /* cffi: end */
 
 /* cffi: server */
-/* What a page server can send of one task: its flat table, and the pages images by source. All stay the caller's. */
+#define LZ_LOST_MAX 256
+
+/*
+ * What a page server can send of one task: its flat table, and the pages images by source. All stay the caller's; any
+ * number of threads may use it at once.
+ */
 struct lz_shelf {
 	uint64_t pid;
 	const struct lz_extent *rows;
 	uint64_t count;
 	const int *fds;
+	/* Pages that could not be read; the first LZ_LOST_MAX are never tried again. Of no meaning outside. */
+	uint64_t lost_count;
+	uint64_t lost[LZ_LOST_MAX];
 };
 
 struct lz_page_pipe;
@@ -688,7 +720,7 @@ struct lz_peer {
 	uint64_t address;      /* of LZ_PEER_MISSING, LZ_PEER_UNREADABLE and LZ_PEER_UNSORTED */
 	uint64_t task;         /* of the first two */
 
-	const struct lz_shelf **shelves; /* set by the caller: the tasks whose GETs are answered here */
+	struct lz_shelf **shelves; /* set by the caller: the tasks whose GETs are answered here */
 	uint64_t shelf_count;
 
 	struct lz_page_pipe *pipe; /* set by the caller: the image that entries belong to; NULL: none is open */
@@ -710,7 +742,7 @@ struct lz_peer {
 	uint32_t head_filled; /* of a message that is not complete yet */
 	uint32_t is_corked;
 	uint64_t data_left; /* of an entry, to come */
-	const struct lz_shelf *reply_shelf;
+	struct lz_shelf *reply_shelf;
 	uint64_t reply_row, reply_at, reply_left; /* bytes of pages of an answer, to be sent */
 	uint32_t reply_head_at, reply_head_left;
 	uint8_t reply_head[32];

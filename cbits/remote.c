@@ -18,7 +18,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define REMOTE_BYTES (1ULL << 40) /* the most there can be, and the landing's size: sparse, and as good as free */
+#define REMOTE_BYTES (1ULL << 40)  /* the most there can be */
+#define LANDING_BYTES (1ULL << 38) /* sparse: it costs what has arrived and waits, or is kept for forks */
 #define REMOTE_PAGES (REMOTE_BYTES >> LZ_PAGE_SHIFT)
 #define RECEIVE_BYTES (256U << 10)
 #define BURSTS 16U           /* received before the socket's other side is looked at again */
@@ -86,8 +87,8 @@ static uint32_t *places_of(const struct lz_remote *remote)
 	return LZ_AT(remote->engine->arena, uint32_t, remote->link->places);
 }
 
-/* Find a place for pages in a row, and use it; under the lock. */
-static uint32_t take_place(struct lz_remote *remote, uint64_t page, uint64_t pages)
+/* Find a place for pages in a row, and use it: its number, or -ENOSPC; under the lock. */
+static int64_t take_place(struct lz_remote *remote, uint64_t page, uint64_t pages)
 {
 	struct lz_link *link = remote->link;
 	uint64_t place = 0;
@@ -101,12 +102,14 @@ static uint32_t take_place(struct lz_remote *remote, uint64_t page, uint64_t pag
 			break;
 		place += room;
 	}
+	if (place + pages > LANDING_BYTES >> LZ_PAGE_SHIFT)
+		return -ENOSPC;
 	if (place + pages > link->used_end)
 		link->used_end = place + pages;
 	bits_change(remote, link->used_bits, place, pages, true);
 	for (uint64_t i = 0; i < pages; i++)
 		places_of(remote)[page + i] = (uint32_t)(place + i);
-	return (uint32_t)place;
+	return (int64_t)place;
 }
 
 static struct lz_request *request_at(struct lz_link *link, uint64_t number)
@@ -162,6 +165,7 @@ static int begin_link(struct lz_remote *remote, int fd, uint32_t header_bytes)
 	link->in_flight = 0;
 	link->round_trip_ns = 0;
 	link->rate = 0;
+	link->breaking = 0;
 	__atomic_store_n(&link->error, 0, __ATOMIC_RELEASE);
 	return 0;
 }
@@ -178,10 +182,10 @@ int lz_engine_add_remote(struct lz_engine *engine, int fd, uint32_t header_bytes
 	if (remote->wake < 0)
 		return -errno;
 	remote->landing_fd = memfd_create("lazyd-landing", MFD_CLOEXEC);
-	if (remote->landing_fd < 0 || ftruncate(remote->landing_fd, (off_t)REMOTE_BYTES) < 0)
+	if (remote->landing_fd < 0 || ftruncate(remote->landing_fd, (off_t)LANDING_BYTES) < 0)
 		return -errno;
 	remote->landing =
-		mmap(NULL, REMOTE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, remote->landing_fd, 0);
+		mmap(NULL, LANDING_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, remote->landing_fd, 0);
 	if (remote->landing == MAP_FAILED) {
 		remote->landing = NULL;
 		return -errno;
@@ -206,7 +210,7 @@ int lz_engine_add_remote(struct lz_engine *engine, int fd, uint32_t header_bytes
 	engine->source[remote->source] = (struct lz_source){
 		.fd = -1,
 		.map = remote->landing,
-		.size = REMOTE_BYTES,
+		.size = REMOTE_BYTES, /* of offsets: where a page is in the landing is another matter */
 		.is_landing = true,
 	};
 	return (int)remote->source;
@@ -242,6 +246,8 @@ static void break_link(struct lz_remote *remote, int error, enum lz_link_reason 
 {
 	struct lz_link *link = remote->link;
 
+	if (__atomic_exchange_n(&link->breaking, 1, __ATOMIC_ACQ_REL))
+		return; /* sending and receiving find out at once; the first to do so says it */
 	link->reason = reason;
 	link->detail[0] = found;
 	link->detail[1] = wanted;
@@ -307,17 +313,18 @@ uint32_t lz_remote_ask(struct lz_remote *remote, const struct lz_worker *worker,
 	const uint64_t page = offset >> LZ_PAGE_SHIFT;
 	const uint32_t most = urgent ? LZ_REQUESTS : LZ_REQUESTS - URGENT_REQUESTS;
 	uint64_t known, wanted;
-	uint32_t place;
+	int64_t place = -ENOSPC;
 	bool unsent;
 
 	pthread_mutex_lock(&remote->lock);
 	known = bits_run(remote, link->asked_bits, page, pages, true);
 	wanted = bits_run(remote, link->asked_bits, page + known, pages - known, false);
-	if (!wanted || link->error || link->asked - link->answered >= most) {
+	if (wanted && !link->error && link->asked - link->answered < most)
+		place = take_place(remote, page + known, wanted);
+	if (place < 0) {
 		pthread_mutex_unlock(&remote->lock);
 		return (uint32_t)known;
 	}
-	place = take_place(remote, page + known, wanted);
 	*request_at(link, link->asked) = (struct lz_request){
 		.address = address + (known << LZ_PAGE_SHIFT),
 		.offset = offset + (known << LZ_PAGE_SHIFT),
@@ -325,7 +332,7 @@ uint32_t lz_remote_ask(struct lz_remote *remote, const struct lz_worker *worker,
 		.pages = (uint32_t)wanted,
 		.pid = pid,
 		.worker = worker->number,
-		.place = place,
+		.place = (uint32_t)place,
 	};
 	if (link->asked == link->answered)
 		request_at(link, link->asked)->answer_start = link->received_bytes;
@@ -373,13 +380,15 @@ bool lz_remote_is_due(const struct lz_remote *remote, uint64_t offset)
 uint64_t lz_remote_room(const struct lz_remote *remote, bool is_active)
 {
 	const struct lz_link *link = remote->link;
-	uint64_t holds = (uint64_t)((double)link->rate * 1e-9 * (double)link->round_trip_ns);
+	const uint64_t rate = __atomic_load_n(&link->rate, __ATOMIC_RELAXED);
+	const uint64_t trip = __atomic_load_n(&link->round_trip_ns, __ATOMIC_RELAXED);
+	uint64_t holds = (uint64_t)((double)rate * 1e-9 * (double)trip);
 	uint64_t window = holds + (is_active ? ACTIVE_SLACK : IDLE_SLACK);
 	uint64_t in_flight = __atomic_load_n(&link->in_flight, __ATOMIC_RELAXED);
 
 	if (__atomic_load_n(&link->error, __ATOMIC_ACQUIRE))
 		return 0;
-	if (!link->rate)
+	if (!rate)
 		window = FIRST_WINDOW;
 	return window > in_flight ? window - in_flight : 0;
 }
@@ -539,7 +548,7 @@ static void take_bytes(struct lz_remote *remote, uint64_t length)
 		uint64_t trip = lz_now_ns() - request->asked_ns;
 
 		if (!link->round_trip_ns || trip < link->round_trip_ns)
-			link->round_trip_ns = trip;
+			__atomic_store_n(&link->round_trip_ns, trip, __ATOMIC_RELAXED);
 	}
 	__atomic_store_n(&link->received_bytes, link->received_bytes + length, __ATOMIC_RELEASE);
 	settle(remote, in > link->header_bytes ? (in - link->header_bytes) >> LZ_PAGE_SHIFT : 0);
@@ -556,7 +565,9 @@ static void measure(struct lz_remote *remote)
 	if (remote->measured_ns) {
 		rate = (uint64_t)((double)(link->total_bytes - remote->measured_bytes) * 1e9 /
 				  (double)(now - remote->measured_ns));
-		link->rate = rate > link->rate - link->rate / 8 ? rate : link->rate - link->rate / 8;
+		if (rate < link->rate - link->rate / 8)
+			rate = link->rate - link->rate / 8;
+		__atomic_store_n(&link->rate, rate, __ATOMIC_RELAXED);
 	}
 	remote->measured_ns = now;
 	remote->measured_bytes = link->total_bytes;
@@ -732,7 +743,7 @@ void lz_remote_free(struct lz_remote *remote)
 {
 	lz_remote_stop(remote);
 	if (remote->landing)
-		munmap(remote->landing, REMOTE_BYTES);
+		munmap(remote->landing, LANDING_BYTES);
 	if (remote->landing_fd >= 0)
 		close(remote->landing_fd);
 	if (remote->wake >= 0)
@@ -766,23 +777,30 @@ int lz_engine_relink(struct lz_engine *engine, int fd, uint32_t header_bytes)
 void lz_engine_link(struct lz_engine *engine, struct lz_link_info *info)
 {
 	const struct lz_link *link = engine->remote.link;
+	uint64_t answered;
 
 	memset(info, 0, sizeof(*info));
 	info->fd = -1;
 	if (!link)
 		return;
+	/* In this order: what is asked in between makes it more, what is answered must not make it less than nothing.
+	 */
+	answered = __atomic_load_n(&link->answered, __ATOMIC_ACQUIRE);
 	*info = (struct lz_link_info){
 		.bytes = __atomic_load_n(&link->total_bytes, __ATOMIC_RELAXED),
 		.in_flight = __atomic_load_n(&link->in_flight, __ATOMIC_RELAXED),
-		.requests = link->asked,
-		.waiting = link->asked - link->answered,
-		.round_trip_ns = link->round_trip_ns,
-		.rate = link->rate,
-		.reason = link->reason,
-		.detail = { link->detail[0], link->detail[1] },
+		.requests = __atomic_load_n(&link->asked, __ATOMIC_RELAXED),
+		.round_trip_ns = __atomic_load_n(&link->round_trip_ns, __ATOMIC_RELAXED),
+		.rate = __atomic_load_n(&link->rate, __ATOMIC_RELAXED),
 		.error = __atomic_load_n(&link->error, __ATOMIC_ACQUIRE),
-		.speaks_lazyd = link->speaks_lazyd,
+		.speaks_lazyd = __atomic_load_n(&link->speaks_lazyd, __ATOMIC_RELAXED),
 		.header_bytes = link->header_bytes,
 		.fd = link->fd,
 	};
+	info->waiting = info->requests - answered;
+	if (info->error) {
+		info->reason = link->reason;
+		info->detail[0] = link->detail[0];
+		info->detail[1] = link->detail[1];
+	}
 }

@@ -63,8 +63,9 @@ struct lz_link {
 	uint64_t used_end;                            /* no place is in use from here on */
 	uint64_t in_flight;                           /* bytes of pages that are asked and have not come; atomic */
 	int32_t fd;
-	int32_t error;   /* atomic; -errno: the link is of no use any more */
-	uint32_t reason; /* enum lz_link_reason */
+	int32_t error;     /* atomic; -errno: the link is of no use any more, and reason and detail say why */
+	uint32_t breaking; /* atomic; somebody is about to say so */
+	uint32_t reason;   /* enum lz_link_reason */
 	uint64_t detail[2];
 	uint32_t header_bytes;
 	uint32_t speaks_lazyd; /* atomic; the other side has said so */

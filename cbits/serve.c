@@ -164,6 +164,31 @@ struct stretch {
 	int fd;
 };
 
+static void note_lost(struct lz_shelf *shelf, uint64_t page)
+{
+	uint64_t index = __atomic_fetch_add(&shelf->lost_count, 1, __ATOMIC_RELAXED);
+
+	if (index < LZ_LOST_MAX)
+		__atomic_store_n(&shelf->lost[index], page, __ATOMIC_RELAXED);
+}
+
+/* Cut what was found at `at` before the first page that is lost; if that is the first of it, it is missing. */
+static void leave_out_lost(const struct lz_shelf *shelf, uint64_t at, struct stretch *found)
+{
+	uint64_t count = __atomic_load_n(&shelf->lost_count, __ATOMIC_RELAXED);
+
+	for (uint64_t i = 0; i < count && i < LZ_LOST_MAX; i++) {
+		uint64_t page = __atomic_load_n(&shelf->lost[i], __ATOMIC_RELAXED), end = page + LZ_PAGE_SIZE;
+		if (page > at && page - at < found->bytes)
+			found->bytes = page - at;
+		if (page <= at && at < end) {
+			found->what = MISSING;
+			if (end - at < found->bytes)
+				found->bytes = end - at;
+		}
+	}
+}
+
 /* Return what a table has from `at` on, at most `most` bytes of it; *row is the first that ends behind `at`. */
 static struct stretch look(const struct lz_shelf *shelf, uint64_t *row, uint64_t at, uint64_t most)
 {
@@ -200,6 +225,7 @@ static struct stretch look(const struct lz_shelf *shelf, uint64_t *row, uint64_t
 	if (end - found.offset < found.bytes)
 		found.bytes = end - found.offset;
 	found.what = BYTES;
+	leave_out_lost(shelf, at, &found);
 	return found;
 }
 
@@ -218,7 +244,7 @@ static uint64_t first_row(const struct lz_shelf *shelf, uint64_t at)
 	return low;
 }
 
-static const struct lz_shelf *find_shelf(const struct lz_peer *peer, uint64_t pid)
+static struct lz_shelf *find_shelf(const struct lz_peer *peer, uint64_t pid)
 {
 	uint64_t low = 0, high = peer->shelf_count;
 
@@ -245,7 +271,7 @@ static void set_cork(struct lz_peer *peer, int on)
  * Decide what the answer to a GET is: the run from its address on that is of one kind. To lazyd that is pages with
  * bytes, pages of zeros, or pages that are not here; to others, who know only pages with bytes, zeros are sent as such.
  */
-static int begin_reply(struct lz_peer *peer, const struct lz_shelf *shelf, const struct message *m)
+static int begin_reply(struct lz_peer *peer, struct lz_shelf *shelf, const struct message *m)
 {
 	bool is_lazyd = m->flags & PE_LAZYD;
 	uint64_t wanted = m->pages << LZ_PAGE_SHIFT, bytes = 0, row = first_row(shelf, m->address), first = row;
@@ -336,6 +362,8 @@ static int send_reply(struct lz_peer *peer)
 		if (sent == -EIO || sent == 0) {
 			peer->code = sent ? EIO : 0;
 			peer->address = peer->reply_at & ~(LZ_PAGE_SIZE - 1);
+			if (sent)
+				note_lost(peer->reply_shelf, peer->address);
 			return LZ_PEER_UNREADABLE;
 		}
 		if (sent < 0)
@@ -448,7 +476,7 @@ static int take_message(struct lz_peer *peer)
 	int kind, lazy;
 
 	if (m.command == PS_GET && !(m.flags & ~PE_LAZYD) && is_range(&m)) {
-		const struct lz_shelf *shelf = find_shelf(peer, m.destination);
+		struct lz_shelf *shelf = find_shelf(peer, m.destination);
 		return shelf ? begin_reply(peer, shelf, &m) : LZ_PEER_MESSAGE;
 	}
 	if (peer->pipe && m.destination == peer->image && entry_kind(&m, &kind, &lazy) == 0)

@@ -7,15 +7,20 @@ import argparse
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lazyd.arguments import Parser, add_telling, log_of, show_of
-from lazyd.errors import UsageError
+from lazyd.errors import LazydError, UsageError
 from lazyd.tls.settings import add_options, files_of
+
+if TYPE_CHECKING:
+    from lazyd.report import Log
 
 _USAGE = """\
 lazyd dump --pid PID -D DIR [options]      stop a process, write images of it, and kill it
        lazyd pre-dump --pid PID -D DIR [options]  write images, let it go on, and track what it writes"""
 _DEFAULT_VERBOSITY = 2
+_PORT_MAX = 65535
 
 
 def _make_parser() -> Parser:
@@ -79,6 +84,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if given.page_server:
         if given.address is None or given.port is None:
             raise UsageError(f"lazyd {verb}: --page-server: --address HOST and --port N are needed")
+        if not 0 < given.port <= _PORT_MAX:
+            raise UsageError(f"lazyd {verb}: --port {given.port}: not a port")
         for name in ("parent", "auto_dedup", "track_mem"):
             if getattr(given, name):
                 option = name.replace("_", "-")
@@ -88,6 +95,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     elif given.address or given.port or given.page_server_header or given.tls:
         raise UsageError(f"lazyd {verb}: --address, --port, --page-server-header and --tls are for --page-server")
     return given
+
+
+def _open_log(log: Log, directory: Path, name: Path) -> None:
+    """Log to a file in the images' folder, which is made if need be, and not left if the file cannot be made."""
+    is_new = False
+    with contextlib.suppress(OSError):
+        directory.mkdir()
+        is_new = True
+    try:
+        log.open(directory / name)
+    except LazydError:
+        if is_new:
+            directory.rmdir()
+        raise
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -105,11 +126,11 @@ def run(arguments: Sequence[str]) -> int:
     elif given.leave_stopped:
         after = After.STOP
     log = log_of(given, _DEFAULT_VERBOSITY)
+    if given.stats is not None and not given.stats.absolute().parent.is_dir():
+        raise UsageError(f"{given.stats}: no such directory for the statistics")
     may_hold = []
     if given.log_file is not None:
-        with contextlib.suppress(FileExistsError):
-            given.images_dir.mkdir()
-        log.open(given.images_dir / given.log_file)
+        _open_log(log, given.images_dir, given.log_file)
         may_hold = [given.log_file.name]
     settings = Settings(
         pid=given.pid,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lazyd.arguments import Parser, add_telling, log_of
+from lazyd.arguments import Parser, add_telling, count, log_of
 from lazyd.errors import SystemCallError, UsageError
 from lazyd.image.chain import PARENT_LINK
 from lazyd.tls.settings import add_options, files_of
@@ -34,8 +34,8 @@ def _make_parser() -> Parser:
     files.add_argument("--pidfile", metavar="FILE", type=Path, help="write the pid to this file in the work directory")
     serving = parser.add_argument_group("serving")
     serving.add_argument("--address", metavar="HOST", default="0.0.0.0", help="listen there (everywhere)")
-    serving.add_argument("--port", metavar="N", type=int, help="listen on this port; 0: on any, which the log tells")
-    serving.add_argument("--ps-socket", metavar="FD", type=int, help="serve this connected socket, and end")
+    serving.add_argument("--port", metavar="N", type=count, help="listen on this port; 0: on any, which the log tells")
+    serving.add_argument("--ps-socket", metavar="FD", type=count, help="serve this connected socket, and end")
     serving.add_argument(
         "--lazy-pages", action="store_true", help="give out pages, too, as often as they are asked for"
     )
@@ -49,7 +49,7 @@ def _make_parser() -> Parser:
     )
     running = parser.add_argument_group("running")
     running.add_argument("-d", "--daemon", action="store_true", help="go into the background once listening")
-    running.add_argument("--status-fd", metavar="FD", type=int, help="write one zero byte there once listening")
+    running.add_argument("--status-fd", metavar="FD", type=count, help="write one zero byte there once listening")
     add_telling(parser.add_argument_group("telling"), _DEFAULT_VERBOSITY)
     add_options(parser.add_argument_group("TLS"))
     criu = parser.add_argument_group("taken as criu takes them")
@@ -68,7 +68,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise UsageError("lazyd page-server: which directory? -D DIR is needed")
     if given.port is None and given.ps_socket is None:
         raise UsageError("lazyd page-server: where to listen? --port N is needed")
-    if given.port is not None and not 0 <= given.port <= _PORT_MAX:
+    if given.port is not None and given.port > _PORT_MAX:
         raise UsageError(f"lazyd page-server: --port {given.port}: ports go up to {_PORT_MAX}")
     return given
 
@@ -79,7 +79,6 @@ def run(arguments: Sequence[str]) -> int:
 
     from lazyd.daemon import check_outputs  # noqa: PLC0415  users of other verbs do not wait for it
     from lazyd.serve.connection import Desk  # noqa: PLC0415
-    from lazyd.serve.server import serve_client  # noqa: PLC0415
     from lazyd.serve.shelves import Shelves  # noqa: PLC0415
 
     check_outputs(given.status_fd, None)
@@ -96,12 +95,8 @@ def run(arguments: Sequence[str]) -> int:
         _link_parent(images, given.prev_images_dir)
     shelves = Shelves(images, given.pagemap_format) if given.lazy_pages else None
     desk = Desk(log, images, shelves, auto_dedup=given.auto_dedup)
-    endpoint = _endpoint(given)
     pidfile = None if given.pidfile is None else work / given.pidfile
-    if connection is None:
-        return _listen(given, desk, endpoint, pidfile)
-    serve_client(connection, f"descriptor {given.ps_socket}", desk, endpoint)
-    return 0
+    return _serve(given, desk, connection, pidfile)
 
 
 def _endpoint(given: argparse.Namespace) -> Endpoint | None:
@@ -113,13 +108,16 @@ def _endpoint(given: argparse.Namespace) -> Endpoint | None:
     return Endpoint(files, Side.SERVER)
 
 
-def _listen(given: argparse.Namespace, desk: Desk, endpoint: Endpoint | None, pidfile: Path | None) -> int:
+def _serve(given: argparse.Namespace, desk: Desk, connection: socket.socket | None, pidfile: Path | None) -> int:
     from lazyd.daemon import Announcement, into_background, leave_terminal  # noqa: PLC0415  see run()
     from lazyd.serve.server import Server, prepare_process  # noqa: PLC0415
     from lazyd.session.signals import hold_signals, signals_as_bytes  # noqa: PLC0415
     from lazyd.tcp import listen  # noqa: PLC0415
 
-    with listen(given.address, given.port) as listener:
+    server = Server(desk, _endpoint(given))
+    name = f"descriptor {given.ps_socket}"
+    is_well = True
+    with listen(given.address, given.port) if connection is None else connection as ours:
         announcement = Announcement(pidfile, given.status_fd)
         ready = None
         if given.daemon:
@@ -127,9 +125,11 @@ def _listen(given: argparse.Namespace, desk: Desk, endpoint: Endpoint | None, pi
             if ready is None:
                 return 0
         hold_signals()
-        host, port = listener.getsockname()[:2]
         # Before anyone hears that we listen: who asked for any port reads here which it is.
-        desk.log.message(f"listening on {host}:{port}")
+        if connection is None:
+            host, port = ours.getsockname()[:2]
+            name = f"{host}:{port}"
+        desk.log.message(f"listening on {name}")
         announcement.write()
         if ready is not None:
             leave_terminal(desk.log)
@@ -137,9 +137,12 @@ def _listen(given: argparse.Namespace, desk: Desk, endpoint: Endpoint | None, pi
             os.close(ready)
         prepare_process()
         with signals_as_bytes() as stop:
-            Server(listener, desk, endpoint).run(stop)
-    desk.log.info("ended by a signal")
-    return 0
+            if connection is None:
+                server.run(ours, stop)
+                desk.log.info("ended by a signal")
+            else:
+                is_well = server.run_one(connection, name, stop)
+    return 0 if is_well else 1
 
 
 def _link_parent(images: Path, parent: str) -> None:

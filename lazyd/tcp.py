@@ -19,7 +19,7 @@ import socket
 import struct
 from enum import Enum
 
-from lazyd.errors import SystemCallError
+from lazyd.errors import ProtocolError, SystemCallError
 
 DEAD_AFTER_S = 6
 """How long a peer that is gone may stay unnoticed."""
@@ -61,14 +61,12 @@ def is_silent(connection: socket.socket, dead_after_s: int = DEAD_AFTER_S) -> bo
 
 
 def connect(address: str, port: int, peer: Peer, *, timeout_s: float = 30.0) -> socket.socket:
-    """Connect, and prepare the connection, which blocks. SystemCallError names the peer, and what to look at."""
+    """Connect, and prepare the connection, which blocks. The error names the peer, and what to look at."""
     where = f"{address}:{port}"
     try:
         connection = socket.create_connection((address, port), timeout_s)
     except socket.gaierror as error:
-        raise SystemCallError(
-            "connect", errno.EADDRNOTAVAIL, path=where, hint=f"{error.strerror}: {address}"
-        ) from error
+        raise ProtocolError(where, f"no such host: {(error.strerror or str(error)).lower()}") from error
     except OSError as error:
         number = error.errno or errno.ETIMEDOUT
         raise SystemCallError("connect", number, path=where, hint=_CONNECT_HINTS.get(number, "")) from error
@@ -91,7 +89,7 @@ def listen(address: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo(address or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
-        raise SystemCallError("listen", errno.EADDRNOTAVAIL, path=where, hint=f"{error.strerror}: {address}") from error
+        raise ProtocolError(where, f"no such host: {(error.strerror or str(error)).lower()}") from error
     family, _, _, _, target = found[0]
     try:
         return socket.create_server(target[:2], family=family, backlog=_BACKLOG)

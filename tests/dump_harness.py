@@ -49,17 +49,24 @@ def dump(
     track: bool = False,
     punched: list[int] | None = None,
     while_stopped=None,
+    after_early=None,
 ) -> MemoryCounts:
     """Dump the victim as `lazyd dump --leave-running`, or (track) `lazyd pre-dump`; it is stopped meanwhile.
 
-    punched: dedup, and tell there how many bytes were freed.
+    punched: dedup, and tell there how many bytes were freed. after_early: copy its pages while it runs, then do this.
     """
     tracker = tracker_for(victim, parent, to_track=track)
+    if tracker is None and after_early:
+        tracker = Tracker.start(victim.pid, victim.uffd())
     try:
         with ImagesWriter(path, parent=parent) as writer:
             images = LocalImages(writer, form, auto_dedup=punched is not None)
             memory = MemoryDump(images)
             memory.prepare(victim.pid, is_incremental=parent is not None)
+            if after_early:
+                assert tracker.is_free
+                assert memory.copy_early(victim.pid, victim.areas() if areas is None else areas, tracker, lambda: None)
+                areas = after_early()
             victim.stop()
             try:
                 areas = victim.areas() if areas is None else areas

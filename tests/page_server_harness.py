@@ -144,11 +144,10 @@ class Running(NamedTuple):
         return Client(socket.create_connection(("127.0.0.1", self.port)), header)
 
 
-@contextlib.contextmanager
-def running_server(images: Path, log: Path, *options: str):
-    """Run `lazyd page-server`; yield it once it listens. It is ended by SIGTERM, and ends well."""
+def start_server(images: Path, log: Path, *options: str, port: int = 0) -> Running:
+    """Start `lazyd page-server`; return it once it listens."""
     reading, writing = os.pipe()
-    words = [LAZYD_COMMAND, "page-server", "-D", str(images), "--address", "127.0.0.1", "--port", "0", "-v4"]
+    words = [LAZYD_COMMAND, "page-server", "-D", str(images), "--address", "127.0.0.1", "--port", str(port), "-v4"]
     with log.open("w") as out:
         process = subprocess.Popen(
             [*words, "--status-fd", str(writing), *options], stdin=subprocess.DEVNULL, stderr=out, pass_fds=[writing]
@@ -158,14 +157,27 @@ def running_server(images: Path, log: Path, *options: str):
         assert os.read(reading, 1) == b"\0", log.read_text()
         found = re.search(r"listening on 127\.0\.0\.1:(\d+)", log.read_text())
         assert found, log.read_text()
-        yield Running(process, int(found[1]), log)
-        process.terminate()
-        assert process.wait(20) == 0, log.read_text()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
     finally:
         os.close(reading)
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+    return Running(process, int(found[1]), log)
+
+
+@contextlib.contextmanager
+def running_server(images: Path, log: Path, *options: str, port: int = 0):
+    """Run `lazyd page-server`; yield it once it listens. It is ended by SIGTERM, and ends well."""
+    server = start_server(images, log, *options, port=port)
+    try:
+        yield server
+        server.process.terminate()
+        assert server.process.wait(20) == 0, log.read_text()
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait()
 
 
 def random_chain(folder: Path, levels: int, pages: int, seed: int):

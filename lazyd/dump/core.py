@@ -166,6 +166,27 @@ class PagePipe:
         if lib.lz_pipe_require_parent(self._raw, rows, len(parent)) < 0:
             raise MemoryError
 
+    def match_early(self, early: EarlyPages) -> None:
+        """Leave as parent holes the clean pages that were copied early, and make all other clean ones dumped ones."""
+        if lib.lz_early_match(self._raw, early.pipe._raw, early.done) < 0:
+            raise MemoryError
+
+    def settled(self) -> PagePipe:
+        """Return a pipe of all pages with clean ones as dumped ones."""
+        settled = PagePipe()
+        if lib.lz_early_settle(self._raw, settled._raw) < 0:
+            raise MemoryError
+        return settled
+
+    def merge_early(self, early: EarlyPages, image: int, late: int) -> None:
+        """Bring what was copied early, in `image`, and what was then, in `late`, into the order of settled(). OSError.
+
+        Both are descriptors open for reading and writing; the image's size is anything afterwards.
+        """
+        result = lib.lz_early_merge(self._raw, early.pipe._raw, image, late)
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+
     def punch(self, parent: ExtentTable, fds: Sequence[int]) -> int:
         """Punch what this pipe replaces out of the parents' pages images; return how many bytes.
 
@@ -366,6 +387,26 @@ def copy_pages(source: Source, pipe: PagePipe, fd: int, *, room: Room, threads: 
         result = lib.lz_copy_file(source.fd, pipe._raw, fd, room._raw, threads, progress._raw)
     if result < 0:
         raise progress.error(source)
+
+
+class EarlyPages:
+    """The pages that were copied while the task still ran, in the order of a pipe."""
+
+    def __init__(self, pipe: PagePipe) -> None:
+        self.pipe = pipe
+        batches = -(-pipe.dumped_bytes // lib.LZ_EARLY_BATCH_BYTES)
+        self.done = ffi.new("uint8_t[]", batches + 1)
+        """By batch, whether it was copied."""
+
+
+def copy_early(pid: int, early: EarlyPages, fd: int, *, room: Room, threads: int, progress: Progress) -> None:
+    """Copy pages of a task that runs into the pages image behind fd; those that cannot be read any more are left out.
+
+    Errors as Progress.error() returns them.
+    """
+    result = lib.lz_copy_early(pid, early.pipe._raw, fd, room._raw, threads, early.done, progress._raw)
+    if result < 0:
+        raise progress.error(Source(pid))
 
 
 def stream_pages(

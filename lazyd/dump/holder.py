@@ -7,8 +7,9 @@ descriptors it inherits: that socket, a pidfd of the task, and the userfaultfd (
 
 A peer of the same user or root sends one letter and gets the binding and the userfaultfd. B borrows: for a dump that
 begins no tracking of its own. T takes: this process ends, for whoever tracks anew changes what is known of writes.
-It ends, too, when its task does. When it dies otherwise, the kernel drops the protection with the last descriptor,
-and the next dump finds nobody: then every page counts as written.
+It ends, too, when its task does, and when its socket's name is gone or another's: nobody would find it any more, and
+the task's memory would stay protected for nobody. When it dies otherwise, the kernel drops the protection with the
+last descriptor, and the next dump finds nobody: then every page counts as written.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import socket
 import struct
 import sys
 
+LOOK_INTERVAL_MS = 2000
+
 
 def serve(binding: bytes, path: str, listener: socket.socket, pidfd: int, uffd: int) -> None:
     """Answer peers until the task ends or somebody takes over."""
@@ -31,9 +34,11 @@ def serve(binding: bytes, path: str, listener: socket.socket, pidfd: int, uffd: 
     poll.register(pidfd, select.POLLIN)
     taken = False
     while not taken:
-        ready = [fd for fd, _ in poll.poll()]
-        if pidfd in ready:
+        ready = [fd for fd, _ in poll.poll(LOOK_INTERVAL_MS)]
+        if pidfd in ready or (not ready and not is_ours(path, number)):
             break
+        if not ready:
+            continue
         with contextlib.suppress(OSError):
             connection, _ = listener.accept()
             with connection:
@@ -51,10 +56,17 @@ def serve(binding: bytes, path: str, listener: socket.socket, pidfd: int, uffd: 
     remove(path, number)
 
 
+def is_ours(path: str, number: int) -> bool:
+    """Say whether the name still leads to the socket."""
+    with contextlib.suppress(OSError):
+        return os.stat(path).st_ino == number  # noqa: PTH116
+    return False
+
+
 def remove(path: str, number: int) -> None:
     """Remove the socket, unless the name is somebody else's by now."""
     with contextlib.suppress(OSError):
-        if os.stat(path).st_ino == number:  # noqa: PTH116
+        if is_ours(path, number):
             os.unlink(path)  # noqa: PTH108
 
 

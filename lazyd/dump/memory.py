@@ -3,9 +3,16 @@
 
 What happens when, because a stopped task is what users feel:
 
-1. prepare(), while the task runs: the parent is loaded, images are made, room is reserved.
-2. dump(), while it is stopped: every page is classified, holes are checked, bytes are copied, tracking begins.
-3. finish(), when it may run again or is gone: pagemaps are written.
+1. prepare(), while the task runs: the parent is loaded, images are made, room is reserved. Of much memory, copy_early()
+   then copies all of it, while writes are tracked.
+2. dump(), while it is stopped: every page is classified, holes are checked, bytes are copied, tracking begins. look()
+   is the first part of it, for another thread than the one that asks the task what else it is.
+3. finish(), when it may run again or is gone: pages copied early are put in order, pagemaps are written.
+
+Early copies are right by the tracking that incremental dumps go by, and one thing more. A page is clean if nothing was
+written since it was protected; but a read from a file that was on its way then (O_DIRECT) has its pages already, and is
+not seen. So before the copy begins the task is stopped for a moment: a thread in such a read does not stop before the
+read is over.
 
 dump_memory() does the three at once, for callers that do not care.
 """
@@ -15,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -52,6 +59,8 @@ class MemoryCounts(NamedTuple):
     parent: int = 0
     lazy: int = 0
     """Of the dumped ones: may be restored lazily."""
+    early: int = 0
+    """Of the dumped ones: were copied while the task still ran."""
     shared_dumped: int = 0
     bytes: int = 0
     """In pages images, shared memory included."""
@@ -68,6 +77,33 @@ class MemoryCounts(NamedTuple):
 class _Pending(NamedTuple):
     transfer: Transfer
     pipe: PagePipe
+
+
+# What is copied early need not be while the task is stopped, which costs 8 ms for so much memory here, and to stop it
+# twice more, which costs that much for a thread or two, and more for more.
+EARLY_BYTES = 64 << 20
+EARLY_BYTES_A_THREAD = 512 << 10
+
+
+class Looked:
+    """What a stopped task's pages are; to be closed."""
+
+    def __init__(self, pid: int, areas: Sequence[Area], method: ScanMethod) -> None:
+        self.pid = pid
+        self.areas = areas
+        self.private = _private(areas)
+        self.pipe = PagePipe()
+        self.scanner = Scanner(pid, method)
+        self.track = Track.NONE
+        self.seconds = 0.0
+
+    def close(self) -> None:
+        """Close the task's page tables."""
+        self.scanner.close()
+
+
+def _private(areas: Sequence[Area]) -> AreaList:
+    return AreaList([area for area in areas if area.kind is not AreaKind.SHARED_ANON])
 
 
 class _SharedObject(NamedTuple):
@@ -88,6 +124,8 @@ class MemoryDump:
         self._to = to
         self._method = method
         self._prepared: dict[int, Transfer] = {}
+        self._resident: dict[int, int] = {}
+        self._early: set[int] = set()
         self._pending: list[_Pending] = []
         self._shared: dict[int, _SharedObject] = {}
 
@@ -96,9 +134,68 @@ class MemoryDump:
 
         is_incremental: most of it will not be dumped, so no room is made for it.
         """
-        expected = 0 if is_incremental else _resident_bytes(pid)
+        self._resident[pid] = expected = 0 if is_incremental else _resident_bytes(pid)
         image = MemoryImage(ImageType.TASK, image_pid or pid)
         self._prepared[pid] = self._to.open(image, expected)
+
+    def is_worth_early(self, pid: int, threads: int) -> bool:
+        """Say whether a prepared task has so much memory that the task stands for less time if it is copied early."""
+        return self._resident[pid] >= EARLY_BYTES + threads * EARLY_BYTES_A_THREAD
+
+    def copy_early(self, pid: int, areas: Sequence[Area], tracker: Tracker, pause: Callable[[], None]) -> bool:
+        """Copy a prepared task's private memory while it runs; say whether that was done.
+
+        tracker: a new one, or one that nobody goes by any more; dump() is to get it. pause: stops the task for a
+        moment. areas: as they were a moment ago; what is not so any more is copied by dump().
+        """
+        transfer = self._prepared[pid]
+        private = _private(areas)
+        try:
+            with Scanner(pid, self._method) as scanner:
+                if not tracker.arm(scanner, private):
+                    return False
+                pause()
+                pipe = PagePipe()
+                scanner.scan(private, pipe)
+                self.expected_bytes += pipe.dumped_bytes
+                if not transfer.write_early(pipe, pid, self.progress):
+                    return False
+                self._early.add(pid)
+                # What has been written by now is a guess at what will have been written then.
+                if tracker.check(scanner, private):
+                    written = PagePipe()
+                    scanner.scan(private, written, tracker.track)
+                    transfer.reserve_late(written.dumped_bytes + written.dumped_bytes // 4)
+        finally:
+            if pid not in self._early:
+                tracker.has_baseline = False  # it knows of writes since now, not since any images
+        return True
+
+    def look(self, pid: int, areas: Sequence[Area], tracker: Tracker | None = None) -> Looked:
+        """Begin to look at a stopped task's pages; finish_look() does the rest. Areas and tracker as for dump().
+
+        This waits until nobody reads the task's smaps.
+        """
+        looked = Looked(pid, areas, self._method)
+        begun = time.monotonic()
+        try:
+            may_be_clean = pid in self._early or self._prepared[pid].may_have_parent_holes
+            if tracker is not None and may_be_clean and tracker.check(looked.scanner, looked.private):
+                looked.track = tracker.track
+        except BaseException:
+            looked.close()
+            raise
+        looked.seconds = time.monotonic() - begun
+        return looked
+
+    def finish_look(self, looked: Looked) -> None:
+        """Classify the pages; any thread may."""
+        begun = time.monotonic()
+        looked.scanner.scan(looked.private, looked.pipe, looked.track)
+        parent = self._prepared[looked.pid].parent
+        if looked.track is Track.SOFT_DIRTY and parent is not None:
+            looked.pipe.require_parent(parent)
+        looked.seconds += time.monotonic() - begun
 
     def dump(
         self,
@@ -108,40 +205,47 @@ class MemoryDump:
         image_pid: int | None = None,
         tracker: Tracker | None = None,
         keep_tracking: bool = False,
+        looked: Looked | None = None,
     ) -> MemoryCounts:
         """Dump a stopped task's memory; areas are sorted and disjoint. Shared areas wait for dump_shared().
 
         tracker: says what is clean; None: nothing is. keep_tracking: begin to track, for the next dump on top of
         this one; after that the tracker says nothing about dumps before, so that this one must not fail any more
-        without the tracker being given up.
+        without the tracker being given up. looked: by look() and finish_look(), since the task was stopped; it is
+        closed here, and looked for again if it was in other areas.
         """
         if pid not in self._prepared:
             self.prepare(pid, image_pid)
         transfer = self._prepared[pid]
-        private = AreaList([area for area in areas if area.kind is not AreaKind.SHARED_ANON])
         for area in areas:
             if area.kind is AreaKind.SHARED_ANON:
                 self._note_shared(pid, area)
-        pipe = PagePipe()
+        if looked is not None and looked.areas is not areas and looked.areas != areas:
+            looked.close()
+            looked = None
+        if looked is None:
+            looked = self.look(pid, areas, tracker)
+            self.finish_look(looked)
+        pipe = looked.pipe
         begun = time.monotonic()
-        with Scanner(pid, self._method) as scanner:
-            trusts = tracker is not None and transfer.may_have_parent_holes and tracker.check(scanner, private)
-            track = tracker.track if tracker is not None and trusts else Track.NONE
-            scanner.scan(private, pipe, track)
-            if track is Track.SOFT_DIRTY and transfer.parent is not None:
-                pipe.require_parent(transfer.parent)
+        try:
             transfer.write_hole(pipe)
-            tracked = tracker.arm(scanner, private) if tracker is not None and keep_tracking else 0
+            tracked = tracker.arm(looked.scanner, looked.private) if tracker is not None and keep_tracking else 0
+        finally:
+            looked.close()
         scanned = time.monotonic()
         self._copy(transfer, pipe, Source(pid))
+        is_early = pid in self._early
+        whole = pipe.settled() if is_early else pipe
         counts = MemoryCounts(
-            scanned=pipe.scanned_pages,
-            dumped=pipe.pages(PageKind.DUMPED),
-            zero=pipe.pages(PageKind.ZERO),
-            parent=pipe.pages(PageKind.PARENT),
-            lazy=pipe.lazy_pages,
-            bytes=pipe.dumped_bytes,
-            scan_time=scanned - begun,
+            scanned=whole.scanned_pages,
+            dumped=whole.pages(PageKind.DUMPED),
+            zero=whole.pages(PageKind.ZERO),
+            parent=whole.pages(PageKind.PARENT),
+            lazy=whole.lazy_pages,
+            early=pipe.pages(PageKind.PARENT) if is_early else 0,
+            bytes=whole.dumped_bytes,
+            scan_time=looked.seconds + scanned - begun,
             copy_time=time.monotonic() - scanned,
             tracked_areas=tracked,
         )

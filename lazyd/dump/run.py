@@ -4,7 +4,10 @@
 The order is made for the task: all that may fail or take its time is done while it runs, or when it runs again.
 
 1. While it runs: what it has beyond a plain task is listed and refused, the parent is loaded, the directory is made.
-2. While it is stopped: it is looked at again, its state is read, its memory is classified and copied.
+   If it has much memory, that is copied, and what it writes from then on is tracked: for this it is stopped twice, for
+   a moment.
+2. While it is stopped: it is looked at again, its state is read, its memory is classified and copied. smaps is read by
+   one thread while another looks at the pages of the mappings that were there before: either walks all page tables.
 3. When it runs again (--leave-running), else while it waits: pagemaps and small images are written, and the directory
    appears. Only then the task is killed or left stopped; a dump that fails before that leaves it running.
 
@@ -17,37 +20,42 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 
 from lazyd.dump import tracker
 from lazyd.dump.areas import areas_of
+from lazyd.dump.core import Track, track_method
 from lazyd.dump.images import BuildIds, TaskImages, compose
-from lazyd.dump.memory import LocalImages, MemoryCounts, MemoryDump, PagemapFormat
+from lazyd.dump.memory import Area, LocalImages, Looked, MemoryCounts, MemoryDump, PagemapFormat
 from lazyd.dump.page_server import PageServer
 from lazyd.dump.tracker import Tracker
 from lazyd.dump.watch import Watch
-from lazyd.errors import DumpError, ImageError, LazydError
+from lazyd.errors import DumpError, ImageError, LazydError, SystemCallError
 from lazyd.image.directory import ImagesDirectory
 from lazyd.image.pagemap import Dialect
 from lazyd.image.stats import DumpStats, write_stats
 from lazyd.image.writer import ImagesWriter
 from lazyd.report import Log, Show, human_seconds, version
 from lazyd.target.descriptors import find_owners
-from lazyd.target.mappings import find_guards
+from lazyd.target.mappings import Mapping, find_guards
 from lazyd.target.others import Others
 from lazyd.target.process import children, descendants
 from lazyd.target.state import TaskState, read_state
 from lazyd.target.survey import Look, Survey, check_is_process, has_ended, look_at_all, refuse, started_at
-from lazyd.target.tracing import StoppedTask
+from lazyd.target.tracing import StoppedTask, thread_ids
 from lazyd.target.userfault import UFFD_USER_MODE_ONLY, open_userfaultfd
 from lazyd.tls.settings import Files
 from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE, human_bytes
 from lazyd.wire import HeaderSize
+
+_T = TypeVar("_T")
 
 
 class After(Enum):
@@ -80,7 +88,10 @@ class Settings(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds. stopped: from the first thread that was asked to stop until the tasks were let go or killed."""
+    """Seconds. stopped: from the first thread that was asked to stop until the tasks were let go or killed.
+
+    The stops before an early copy are in it, too.
+    """
 
     freezing: float
     stopped: float
@@ -109,12 +120,52 @@ class _Task:
         self.survey = Survey(pid, tasks=known, has_tracker=self.tracker is not None)
         self.stopped: StoppedTask | None = None
         self.images: TaskImages | None = None
+        self._stopped_early = 0.0
+        self._areas: tuple[list[Mapping], list[Area]] | None = None
 
     def stop(self) -> None:
         """Stop it."""
         self.stopped = StoppedTask(self.pid)
 
-    def dump(self, memory: MemoryDump, look: Look) -> None:
+    def copy_early(self, memory: MemoryDump, look: Look) -> float:
+        """Copy its memory while it runs, if it stands for less time then; return for how long it has stood for that."""
+        if not memory.is_worth_early(self.pid, len(thread_ids(self.pid))) or track_method() is not Track.UFFD:
+            return 0.0
+        if self.tracker is None:
+            self.tracker = self._make_tracker()
+        if self.tracker is not None and self.tracker.is_free:
+            areas = areas_of(look.mappings, ())
+            self.survey.has_tracker = True
+            if not memory.copy_early(self.pid, areas, self.tracker, lambda: self._pause(lambda _: None)):
+                self.tracker.close()
+                self.tracker = None
+        return self._stopped_early
+
+    def _make_tracker(self) -> Tracker | None:
+        """Make a tracker, or none if the task cannot open what it needs: nothing else fails for that."""
+        try:
+            uffd = self._pause(lambda stopped: open_userfaultfd(stopped, UFFD_USER_MODE_ONLY))
+            return Tracker.start(self.pid, uffd)
+        except SystemCallError:
+            return None
+
+    def _pause(self, do: Callable[[StoppedTask], _T]) -> _T:
+        """Stop it for a moment."""
+        begun = time.monotonic()
+        try:
+            with StoppedTask(self.pid) as stopped:
+                return do(stopped)
+        finally:
+            self._stopped_early += time.monotonic() - begun
+
+    def areas(self, look: Look) -> list[Area]:
+        """Return what of it is dumped how; it is stopped."""
+        assert self.stopped is not None
+        if self._areas is None or self._areas[0] != look.mappings:
+            self._areas = look.mappings, areas_of(look.mappings, [thread.registers().sp for thread in self.stopped])
+        return self._areas[1]
+
+    def dump(self, memory: MemoryDump, look: Look, looked: Looked) -> None:
         """Read its state and dump its memory; it is stopped."""
         assert self.stopped is not None
         state = read_state(self.stopped)
@@ -124,8 +175,8 @@ class _Task:
             needs_uffd = tracker.needs_uffd()
             uffd = open_userfaultfd(self.stopped, UFFD_USER_MODE_ONLY) if needs_uffd else -1
             self.tracker = Tracker.start(self.pid, uffd)
-        areas = areas_of(look.mappings, [thread.registers.sp for thread in state.threads])
-        memory.dump(self.pid, areas, tracker=self.tracker, keep_tracking=self._settings.is_tracking)
+        keeps = self._settings.is_tracking
+        memory.dump(self.pid, self.areas(look), tracker=self.tracker, keep_tracking=keeps, looked=looked)
 
     def send(self, number: signal.Signals) -> None:
         """Send it a signal, while it is stopped and held."""
@@ -198,12 +249,13 @@ def _dump_tasks(settings: Settings, tasks: list[_Task], log: Log, begun: float) 
             for task in tasks:
                 is_incremental = task.tracker is not None and task.tracker.has_baseline
                 memory.prepare(task.pid, is_incremental=is_incremental)
-            return _dump_stopped(settings, tasks, others, log, begun, writer, destination, memory, build_ids)
+            return _dump_stopped(settings, tasks, looks, others, log, begun, writer, destination, memory, build_ids)
 
 
 def _dump_stopped(  # noqa: PLR0917  one dump's parts, made one by one by its callers
     settings: Settings,
     tasks: list[_Task],
+    looks: list[Look],
     others: Others,
     log: Log,
     begun: float,
@@ -213,13 +265,20 @@ def _dump_stopped(  # noqa: PLR0917  one dump's parts, made one by one by its ca
     build_ids: BuildIds,
 ) -> Dumped:
     with Watch(log, memory, settings.show) as watch:
+        early = sum(task.copy_early(memory, look) for task, look in zip(tasks, looks, strict=True))
+        watch.check()
+        if early:
+            # What has changed meanwhile need not be found out while they are stopped.
+            looks, problems = look_at_all([task.survey for task in tasks])
+            refuse(settings.pid, problems)
         stopping = time.monotonic()
         _stop_all(tasks, settings)
         stopped = time.monotonic()
-        looks, problems = look_at_all([task.survey for task in tasks])
-        refuse(settings.pid, others.find_again() + problems)
-        for task, look in zip(tasks, looks, strict=True):
-            task.dump(memory, look)
+        with _PagesAside(memory, tasks, looks) as aside:
+            looks, problems = look_at_all([task.survey for task in tasks])
+            refuse(settings.pid, others.find_again() + problems)
+            for task, look, looked in zip(tasks, looks, aside.wait(), strict=True):
+                task.dump(memory, look, looked)
         memory.dump_shared()
         images = [task.images for task in tasks if task.images is not None]
         owners = find_owners({image.state.pid: image.descriptors for image in images})
@@ -227,7 +286,7 @@ def _dump_stopped(  # noqa: PLR0917  one dump's parts, made one by one by its ca
         if settings.after is After.RUN:
             for task in tasks:
                 task.release()
-        frozen = time.monotonic() - stopped
+        frozen = early + time.monotonic() - stopped
         counts = memory.finish()
         try:
             for name, kind, records in compose(images, owners, build_ids):
@@ -244,7 +303,7 @@ def _dump_stopped(  # noqa: PLR0917  one dump's parts, made one by one by its ca
     if settings.after is not After.RUN:
         for task in tasks:
             task.send(signal.SIGKILL if settings.after is After.KILL else signal.SIGSTOP)
-        frozen = time.monotonic() - stopped
+        frozen = early + time.monotonic() - stopped
         for task in tasks:
             task.release()
     punched = 0
@@ -257,6 +316,53 @@ def _dump_stopped(  # noqa: PLR0917  one dump's parts, made one by one by its ca
                 log.warning(f"writes of process {task.pid} are not tracked: {why}; the next dump will be a full one")
     times = Times(stopped - stopping, stopped - stopping + frozen, time.monotonic() - begun)
     return Dumped(settings, [image.state for image in images], counts, times, punched)
+
+
+class _PagesAside:
+    """Looks at the pages of stopped tasks on a thread of its own, in the mappings that they had before.
+
+    As a context manager it waits for the end, and closes what nobody has taken.
+    """
+
+    def __init__(self, memory: MemoryDump, tasks: list[_Task], looks: list[Look]) -> None:
+        self._memory = memory
+        self._found: list[Looked] = []
+        self._failed: Exception | None = None
+        self._thread = threading.Thread(target=self._run)
+        try:
+            for task, look in zip(tasks, looks, strict=True):
+                self._found.append(memory.look(task.pid, task.areas(look), task.tracker))
+        except BaseException:
+            self._close()
+            raise
+
+    def _run(self) -> None:
+        try:
+            for looked in self._found:
+                self._memory.finish_look(looked)
+        except Exception as error:  # raised where it is waited for
+            self._failed = error
+
+    def _close(self) -> None:
+        for looked in self._found:
+            looked.close()
+
+    def wait(self) -> list[Looked]:
+        """Return what there is, by task."""
+        self._thread.join()
+        if self._failed is not None:
+            raise self._failed
+        return self._found
+
+    def __enter__(self) -> _PagesAside:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.join()
+        self._close()
 
 
 def _stop_all(tasks: list[_Task], settings: Settings) -> None:
@@ -321,6 +427,7 @@ def statistics(dumped: Dumped) -> dict[str, Any]:
             "zero": counts.zero,
             "parent": counts.parent,
             "lazy": counts.lazy,
+            "early": counts.early,
             "shared": counts.shared_dumped,
         },
         "bytes": counts.bytes,
@@ -343,15 +450,18 @@ def summary_lines(dumped: Dumped) -> list[str]:
     threads = sum(len(state.threads) for state in dumped.tasks)
     kinds = {"dumped": counts.dumped, "zero": counts.zero, "in the parent": counts.parent}
     parts = [f"{word} {pages} ({human_bytes(pages * PAGE_SIZE)})" for word, pages in kinds.items() if pages]
+    if counts.early:
+        parts.append(f"{counts.early} of them while it ran ({human_bytes(counts.early * PAGE_SIZE)})")
     if counts.shared_dumped:
         parts.append(f"of shared memory {counts.shared_dumped} ({human_bytes(counts.shared_dumped * PAGE_SIZE)})")
-    rate = counts.bytes / counts.copy_time if counts.copy_time else 0.0
+    copied = counts.bytes - counts.early * PAGE_SIZE
+    rate = copied / counts.copy_time if counts.copy_time else 0.0
     lines = [
         f"process {names}: {threads} threads, now {dumped.settings.after.value}",
         f"pages: {counts.scanned} scanned; " + (", ".join(parts) or "none to dump"),
         f"stopped for {human_seconds(times.stopped)}: freezing {human_seconds(times.freezing)},"
         f" scan {human_seconds(counts.scan_time)},"
-        f" copy {human_seconds(counts.copy_time)} ({human_bytes(counts.bytes)}, {human_bytes(rate)}/s)",
+        f" copy {human_seconds(counts.copy_time)} ({human_bytes(copied)}, {human_bytes(rate)}/s)",
     ]
     if dumped.punched_bytes:
         lines.append(f"parents: {human_bytes(dumped.punched_bytes)} freed")

@@ -52,6 +52,11 @@ class Tracker:
         self._is_borrowed = is_borrowed
         self._lost = "nothing has been tracked yet"
 
+    @property
+    def is_free(self) -> bool:
+        """Say whether it may begin anew: no images go by what it knows, and nobody else has it."""
+        return self.track is Track.UFFD and not self._is_borrowed and not self.has_baseline
+
     @classmethod
     def start(cls, pid: int, uffd: int = -1) -> Tracker:
         """Start anew. `uffd` was opened in the task if needs_uffd(), and is owned from here on, also on errors.
@@ -140,6 +145,11 @@ class Tracker:
                     why = lines[-1] if lines else f"it ended with {run.returncode}"
                     raise DumpError(f"the process that is to hold the tracking: {why}")
         except BaseException:
+            # An interrupt, say: whoever was started may be there by now, and is not to stay.
+            listener.close()
+            with contextlib.suppress(OSError, ValueError):
+                if (fd := _ask(path, b"T")[1]) >= 0:
+                    os.close(fd)
             path.unlink(missing_ok=True)
             raise
         finally:

@@ -4,6 +4,9 @@
 A destination opens one transfer for each image of memory: a task, or an object of shared memory. A transfer gets
 one page pipe: first its holes, to be checked; then, while the task is stopped, its pages; last, and that may be
 when the task runs again, its pagemap. Bytes go from the task to their place in C.
+
+Images that are here take pages early, too: while the task runs, in the order of a pipe of their own. The pipe that
+comes when it is stopped then has holes for what is clean since, and its dumped pages go into a file without a name.
 """
 
 from __future__ import annotations
@@ -14,7 +17,17 @@ import enum
 import os
 from pathlib import Path
 
-from lazyd.dump.core import PageKind, PagemapFormat, PagePipe, Progress, Room, Source, copy_pages
+from lazyd.dump.core import (
+    EarlyPages,
+    PageKind,
+    PagemapFormat,
+    PagePipe,
+    Progress,
+    Room,
+    Source,
+    copy_early,
+    copy_pages,
+)
 from lazyd.errors import DumpError, SystemCallError
 from lazyd.image import ExtentTable
 from lazyd.image.parent import ParentTable, load_parent
@@ -58,6 +71,13 @@ class Transfer(abc.ABC):
     @abc.abstractmethod
     def may_have_parent_holes(self) -> bool:
         """Say whether the destination has a parent of this image."""
+
+    def write_early(self, pipe: PagePipe, pid: int, progress: Progress) -> bool:
+        """Take pages of a task while it runs; False if that is not to be. DumpError if the dump was cancelled."""
+        return False
+
+    def reserve_late(self, expected_bytes: int) -> None:  # noqa: B027  nothing to do where nothing is taken early
+        """Make room, before the task is stopped, for what was written since the early pages were taken."""
 
     @abc.abstractmethod
     def write_hole(self, pipe: PagePipe) -> None:
@@ -170,6 +190,9 @@ class LocalTransfer(Transfer):
         self._pages_path = writer.path / f"pages-{pages_id}.img"
         self._fd = writer.create(self._pages_path.name)
         self._room = Room()
+        self._early: EarlyPages | None = None
+        self._late_fd = -1
+        self._late_room = Room()
 
     @property
     def parent(self) -> ExtentTable | None:
@@ -190,8 +213,28 @@ class LocalTransfer(Transfer):
             with contextlib.suppress(OSError):
                 self._room.make(self._fd, expected_bytes, warm=min(expected_bytes, _spare_memory()))
 
+    def write_early(self, pipe: PagePipe, pid: int, progress: Progress) -> bool:
+        """Copy pages into the image, where they stay if nothing comes or goes before them."""
+        early = EarlyPages(pipe)
+        try:
+            self._late_fd = self._writer.create_nameless(f"{self._pages_path.name}.late")
+            copy_early(pid, early, self._fd, room=self._room, threads=self.threads, progress=progress)
+        except OSError:
+            return False  # a full disk, that is: the copy that has to be made tells of it
+        self._early = early
+        return True
+
+    def reserve_late(self, expected_bytes: int) -> None:
+        """Make room in the file for what has been written since."""
+        if expected_bytes:
+            with contextlib.suppress(OSError):
+                self._late_room.make(self._late_fd, expected_bytes, warm=min(expected_bytes, _spare_memory()))
+
     def write_hole(self, pipe: PagePipe) -> None:
         """Check that the parent has the bytes of every parent hole, over its whole length."""
+        if self._early is not None:
+            pipe.match_early(self._early)
+            return
         if not pipe.pages(PageKind.PARENT):
             return
         name = self.image.pagemap_name
@@ -204,16 +247,24 @@ class LocalTransfer(Transfer):
 
     def write_pages(self, pipe: PagePipe, source: Source, progress: Progress) -> None:
         """Copy the dumped pages into the pages image."""
+        fd, room = (self._fd, self._room) if self._early is None else (self._late_fd, self._late_room)
         try:
-            copy_pages(source, pipe, self._fd, room=self._room, threads=self.threads, progress=progress)
+            copy_pages(source, pipe, fd, room=room, threads=self.threads, progress=progress)
         except OSError as error:
             raise write_error("write", self._pages_path, error) from error
-        self._pipe = pipe
 
     def write_pagemap(self, pipe: PagePipe) -> None:
         """Write the pagemap image, and give back the room that was not needed."""
         name = self.image.pagemap_name
         self._room.close()
+        self._late_room.close()
+        if self._early is not None:
+            try:
+                pipe.merge_early(self._early, self._fd, self._late_fd)
+            except OSError as error:
+                raise write_error("write", self._pages_path, error) from error
+            pipe = pipe.settled()
+        self._pipe = pipe
         try:
             os.ftruncate(self._fd, pipe.dumped_bytes)
         except OSError as error:
@@ -235,9 +286,11 @@ class LocalTransfer(Transfer):
     def close(self) -> None:
         """Close the pages image."""
         self._room.close()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._late_room.close()
+        for fd in (self._fd, self._late_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._late_fd = -1
 
 
 def punch_parent(parent: ParentTable, pipe: PagePipe) -> int:

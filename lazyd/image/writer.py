@@ -34,6 +34,7 @@ from lazyd.image.framing import join_records
 
 _INVENTORY = "inventory.img"
 _LIST = ".moving"
+_NAME_BYTES = 200  # of at most 255
 # As criu: memory is nobody else's business.
 _FILE_MODE = 0o600
 _HINTS = {
@@ -62,8 +63,13 @@ class ImagesWriter:
         parent: the directory that `parent` shall name, or None. may_hold: names that may be in `path` all the same,
         such as our own log; they stay.
         """
-        self.path = Path(os.path.realpath(path))
-        self.parent = None if parent is None else Path(os.path.realpath(parent))
+        try:
+            self.path = Path(os.path.realpath(path))
+            self.parent = None if parent is None else Path(os.path.realpath(parent))
+        except FileNotFoundError:
+            raise DumpError(f"{path}: the working directory is gone; name a directory by its whole path") from None
+        # A hidden folder's name has to fit, too, whatever the directory's own is.
+        self._hidden_prefix = f".{os.fsdecode(os.fsencode(self.path.name)[:_NAME_BYTES])}.partial-"
         self._may_hold = frozenset(may_hold)
         self._published = False
         self.directory_fd = -1
@@ -97,7 +103,7 @@ class ImagesWriter:
             raise DumpError(f"{self.path}: not a directory; name one for the images") from None
         except OSError as error:
             raise write_error("opendir", self.path, error) from error
-        stale = f".{self.path.name}.partial-"
+        stale = self._hidden_prefix
         others = sorted(name for name in names - self._may_hold if not name.startswith(stale))
         if others:
             holds = others[0] if len(others) == 1 else f"{others[0]} and {len(others) - 1} more"
@@ -119,7 +125,7 @@ class ImagesWriter:
         """Remove what killed writers for this name have left."""
         for place in (self.path, self.path.parent):
             with contextlib.suppress(OSError):
-                for hidden in list(place.glob(f".{_quote(self.path.name)}.partial-*")):
+                for hidden in list(place.glob(f"{_quote(self._hidden_prefix)}*")):
                     with contextlib.suppress(OSError), _open_directory(hidden) as fd:
                         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                         self._remove_half_moved(hidden)
@@ -141,7 +147,7 @@ class ImagesWriter:
     def _make_hidden(self) -> None:
         while self.directory_fd < 0:
             try:
-                name = tempfile.mkdtemp(prefix=f".{self.path.name}.partial-", dir=self._place)
+                name = tempfile.mkdtemp(prefix=self._hidden_prefix, dir=self._place)
             except OSError as error:
                 raise write_error("mkdir", self._place, error) from error
             self._hidden = Path(name)
@@ -173,6 +179,12 @@ class ImagesWriter:
             return os.open(name, flags, _FILE_MODE, dir_fd=self.directory_fd)
         except OSError as error:
             raise write_error("open", self.path / name, error) from error
+
+    def create_nameless(self, name: str) -> int:
+        """Make a file on the same filesystem that has no name, and is gone once it is closed; `name` is for errors."""
+        fd = self.create(name)
+        os.unlink(name, dir_fd=self.directory_fd)
+        return fd
 
     def write_small(self, name: str, magics: tuple[int, ...], bodies: list[bytes]) -> None:
         """Write an image of some records whole."""

@@ -87,6 +87,7 @@ class Restored(Unreleased):
         super().__init__(plan, memory)
         try:
             memories.check_vdso(plan, memory)
+            tasks.check_values(plan)
             with Files(plan) as files:
                 objects = memories.prepare(plan, files, memory)
                 self._puppet = Puppet.make(

@@ -140,7 +140,7 @@ class _Reader:
         ids = read_message(self.directory, f"ids-{pid}.img", SmallImage.IDS)
         place = read_message(self.directory, f"fs-{pid}.img", SmallImage.FS)
         mm = read_message(self.directory, f"mm-{pid}.img", SmallImage.MM)
-        files = {file.id: file for file in read_messages(self.directory, "files.img", SmallImage.FILES)}
+        files = self.read_files()
         descriptors = sorted(
             read_messages(self.directory, f"fdinfo-{ids.files_id}.img", SmallImage.FDINFO), key=lambda one: one.fd
         )
@@ -185,6 +185,19 @@ class _Reader:
                 f"{self.directory.path}: task {pid} has what `lazyd restore` cannot bring back:{listed}\n"
                 f"nothing was made; `criu restore --lazy-pages` may, beside `lazyd --images {self.directory.path}`"
             )
+
+    def read_files(self) -> dict[int, Any]:
+        """Return what files.img has, by number, with paths that can be. What is not UTF-8 protobuf returns as bytes."""
+        files = {file.id: file for file in read_messages(self.directory, "files.img", SmallImage.FILES)}
+        for number, file in files.items():
+            if file.type != REGULAR:
+                continue
+            name = file.reg.name
+            if isinstance(name, bytes):
+                self.add(f"file {number} ({name!r})", "its path is not UTF-8")
+            elif not name.startswith("/") or "\0" in name:
+                raise ImageError(self.directory.path / "files.img", f"garbled: file {number} is {name!r}")
+        return files
 
     def path_of(self, files: dict[int, Any], number: int) -> str:
         """Return the path of a regular file by its number in files.img."""

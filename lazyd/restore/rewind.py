@@ -28,7 +28,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 
 from lazyd.errors import DumpError, LazydError, RestoreError, SystemCallError
 from lazyd.image import Extent, Kind, load_shared
@@ -47,6 +47,7 @@ from lazyd.restore.live import (
 )
 from lazyd.restore.memory import Memory, Opened
 from lazyd.restore.plan import REGULAR, Plan
+from lazyd.restore.task import check_values
 from lazyd.restore.vma import Area
 from lazyd.restore.vma import Kind as AreaKind
 from lazyd.target import Attached
@@ -93,33 +94,40 @@ class Rewound(Unreleased):
         self._slice_bytes = _SLICE_BYTES
         check_before(plan, plan.pid)
         memories.check_vdso(plan, memory)
-        self._program = _program(plan.pid)
-        self._began = time.monotonic()
-        with StoppedTask(plan.pid) as stopped:
-            descriptors = check_stopped(plan)
-            timers = [timer.number for timer in list_timers(plan.pid)]
-            live = read_live(plan.pid)
-            staying = find_staying(plan, live)
-            check_rights(plan, staying, len(descriptors))
-            ranges = [(one.start, one.end) for one in live] + [(area.start, area.end) for area in plan.vmas]
-            workshop = find_workshop(ranges)
-            was_stopped = bool(stopped.leader.stop_signal)
-            self._puppet = Puppet.take_over(stopped, workshop)
-            ranges.append((workshop, workshop + WORKSHOP_BYTES))
-            try:
-                if was_stopped:
-                    # Its signals are blocked: the stop ends, and SIGCONT is forgotten with all that is pending.
-                    os.kill(plan.pid, signal.SIGCONT)
-                self._rewind(self._puppet, staying, live, ranges, timers)
-            except BaseException as error:
-                self.close()
-                if isinstance(error, OSError):
-                    reason = os.strerror(error.errno or 0)
-                elif isinstance(error, LazydError):
-                    reason = str(error)
-                else:
-                    raise
-                raise RestoreError(f"process {plan.pid} was ended: half way back, {reason}") from error
+        check_values(plan)
+        shared_ids = sorted({area.shared_id for area in plan.vmas if area.kind is AreaKind.SHARED})
+        with closing(load_shared(plan.images, shared_ids)) as self._shared:
+            self._program = _program(plan.pid)
+            self._began = time.monotonic()
+            with StoppedTask(plan.pid) as stopped:
+                self._take_over(stopped)
+
+    def _take_over(self, stopped: StoppedTask) -> None:
+        plan = self._plan
+        descriptors = check_stopped(plan)
+        timers = [timer.number for timer in list_timers(plan.pid)]
+        live = read_live(plan.pid)
+        staying = find_staying(plan, live)
+        check_rights(plan, staying, len(descriptors))
+        ranges = [(one.start, one.end) for one in live] + [(area.start, area.end) for area in plan.vmas]
+        workshop = find_workshop(ranges)
+        was_stopped = bool(stopped.leader.stop_signal)
+        self._puppet = Puppet.take_over(stopped, workshop)
+        ranges.append((workshop, workshop + WORKSHOP_BYTES))
+        try:
+            if was_stopped:
+                # Its signals are blocked: the stop ends, and SIGCONT is forgotten with all that is pending.
+                os.kill(plan.pid, signal.SIGCONT)
+            self._rewind(self._puppet, staying, live, ranges, timers)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                reason = os.strerror(error.errno or 0)
+            elif isinstance(error, LazydError):
+                reason = str(error)
+            else:
+                raise
+            raise RestoreError(f"process {plan.pid} was ended: half way back, {reason}") from error
 
     def _rewind(
         self,
@@ -208,30 +216,24 @@ class Rewound(Unreleased):
             text = os.pread(self._memory.sources[extent.source], extent.pages * PAGE_SIZE, extent.offset)
             if len(text) != extent.pages * PAGE_SIZE or os.pwrite(puppet.memory, text, extent.start) != len(text):
                 raise RestoreError(f"the page at {extent.start:#x} cannot be filled from the images")
-        self._fill_shared(puppet.pid, [area for area in plan.vmas if area.kind is AreaKind.SHARED])
+        self._fill_shared(puppet.pid)
         return filled
 
-    def _fill_shared(self, pid: int, areas: Sequence[Area]) -> None:
+    def _fill_shared(self, pid: int) -> None:
         """Give objects of shared memory, which are mapped, what the images say. They are reached by their mappings."""
-        if not areas:
-            return
-        first = {area.shared_id: area for area in reversed(areas)}
-        shared = load_shared(self._plan.images, sorted(first))
-        try:
-            for shared_id, area in first.items():
-                piece = next(one for one in read_live(pid) if one.start <= area.start < one.end)
-                fd = os.open(f"/proc/{pid}/map_files/{piece.start:x}-{piece.end:x}", os.O_RDWR | os.O_CLOEXEC)
-                try:
-                    size = os.fstat(fd).st_size
-                    _punch(fd, size)
-                    for extent in shared.tables[shared_id]:
-                        if extent.kind is Kind.DUMPED:
-                            source = shared.sources[extent.source].fd
-                            memories.send(source, extent, fd, self._plan.images / f"pagemap-shmem-{shared_id}.img")
-                finally:
-                    os.close(fd)
-        finally:
-            shared.close()
+        first = {area.shared_id: area for area in reversed(self._plan.vmas) if area.kind is AreaKind.SHARED}
+        for shared_id, area in first.items():
+            piece = next(one for one in read_live(pid) if one.start <= area.start < one.end)
+            fd = os.open(f"/proc/{pid}/map_files/{piece.start:x}-{piece.end:x}", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                size = os.fstat(fd).st_size
+                _punch(fd, size)
+                for extent in self._shared.tables[shared_id]:
+                    if extent.kind is Kind.DUMPED:
+                        source = self._shared.sources[extent.source].fd
+                        memories.send(source, extent, fd, self._plan.images / f"pagemap-shmem-{shared_id}.img")
+            finally:
+                os.close(fd)
 
     def _seek(self, puppet: Puppet) -> None:
         steps = []

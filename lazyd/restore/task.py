@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lazyd.errors import RestoreError
+from lazyd.errors import ImageError, RestoreError
 from lazyd.restore.plan import Plan, Thread, mask
 from lazyd.target import xstate
 from lazyd.target.process import SIGACTION_SIGNALS
@@ -50,6 +50,7 @@ _SIGINFO_BYTES, _ROBUST_LIST_BYTES = 128, 24
 _SS_ONSTACK, _SS_DISABLE = 1, 2
 _MOST_TIMER_NUMBERS = 100_000
 _HEADER_AT = 512
+_XSTATE_BYTES = 1 << 14  # more than the parts that images hold take on any processor
 _EMPTY_SEGMENT = (True, True)  # read_exec_only, seg_not_present
 
 
@@ -138,7 +139,8 @@ def own_steps(plan: Plan, thread: Thread) -> Iterator[Step]:
     """Yield what each thread does for itself."""
     core = thread.core.thread_core
     name = core.comm or (plan.task.comm if thread is plan.threads[0] else "")
-    yield Step("name", _SYS_PRCTL, (_PR_SET_NAME, name.encode()[:15] + b"\0", 0, 0, 0))
+    raw = name if isinstance(name, bytes) else name.encode()  # protobuf's way to return what is not UTF-8
+    yield Step("name", _SYS_PRCTL, (_PR_SET_NAME, raw[:15] + b"\0", 0, 0, 0))
     yield Step("set_tid_address", _SYS_SET_TID_ADDRESS, (thread.core.thread_info.clear_tid_addr,))
     yield Step("set_robust_list", _SYS_SET_ROBUST_LIST, (core.futex_rla, core.futex_rla_len or _ROBUST_LIST_BYTES))
     # On it or not (SS_ONSTACK) the kernel tells by the stack pointer.
@@ -234,14 +236,39 @@ def set_process_files(plan: Plan) -> str:
     return ""
 
 
+def check_values(plan: Plan) -> None:
+    """See that all that the images say fits where it is to go, before anything is done. ImageError or RestoreError."""
+    pid = plan.pid
+    try:
+        # Which makes all of them, and does none.
+        steps = [*task_steps(plan), *limit_steps(plan), *start_steps(plan), *thread_steps(plan.threads)]
+        steps += [_create(timer) for timer in plan.task.timers.posix]
+        for thread in plan.threads:
+            steps += [*own_steps(plan, thread), *credential_steps(thread)]
+            _put_extended_state(bytearray(_XSTATE_BYTES), thread)
+            _segments(thread)
+            os.sched_param(thread.core.thread_core.sched_prio)
+    except (struct.error, ValueError, OverflowError) as error:
+        raise ImageError(plan.images / f"core-{pid}.img", f"garbled, it or another of task {pid}: {error}") from error
+
+
 def set_extended_state(traced: Traced, thread: Thread) -> None:
     """Give a thread its floating point and vector registers. RestoreError: this processor lacks some."""
-    image = thread.core.thread_info.fpregs
     area = bytearray(traced.xstate())
+    _put_extended_state(area, thread)
+    try:
+        traced.write_xstate(bytes(area))
+    except OSError as error:
+        why = os.strerror(error.errno or errno.EINVAL)
+        raise RestoreError(f"thread {thread.tid}: its extended state cannot be set here: {why}") from error
+
+
+def _put_extended_state(area: bytearray, thread: Thread) -> None:
+    image = thread.core.thread_info.fpregs
     struct.pack_into("<HHHHQQ", area, 0, image.cwd, image.swd, image.twd, image.fop, image.rip, image.rdp)
     struct.pack_into("<I", area, 24, image.mxcsr)
-    struct.pack_into(f"<{len(image.st_space)}I", area, 32, *image.st_space)
-    struct.pack_into(f"<{len(image.xmm_space)}I", area, 160, *image.xmm_space)
+    struct.pack_into("<32I", area, 32, *image.st_space)
+    struct.pack_into("<64I", area, 160, *image.xmm_space)
     if len(area) > _HEADER_AT:
         in_use = image.xsave.xstate_bv if image.HasField("xsave") else 3
         in_use &= sum(1 << bit for bit in (0, 1, *xstate.XSAVE_FIELDS))
@@ -259,22 +286,25 @@ def set_extended_state(traced: Traced, thread: Thread) -> None:
                 raise RestoreError(f"thread {thread.tid} uses part {bit} of extended state, which this processor lacks")
             struct.pack_into(f"<{count}{letter}", area, offset, *(list(words) + [0] * count)[:count])
         struct.pack_into("<Q", area, _HEADER_AT, in_use)
-    try:
-        traced.write_xstate(bytes(area))
-    except OSError as error:
-        why = os.strerror(error.errno or errno.EINVAL)
-        raise RestoreError(f"thread {thread.tid}: its extended state cannot be set here: {why}") from error
 
 
 def set_segments(traced: Traced, thread: Thread) -> None:
     """Give a thread its entries of set_thread_area(2), where it has any."""
+    for number, segment in _segments(thread).items():
+        traced.write_segment(number, segment)
+
+
+def _segments(thread: Thread) -> dict[int, bytes]:
+    """Return what entries a thread has, each as a struct user_desc."""
+    found = {}
     for one in thread.core.thread_info.tls:
         if (one.read_exec_only, one.seg_not_present) == _EMPTY_SEGMENT and not one.base_addr and not one.limit:
             continue
         low = (one.seg_32bit, one.contents_l, one.contents_h, one.read_exec_only)
         bits = (*low, one.limit_in_pages, one.seg_not_present, one.usable)
         word = sum(bool(bit) << index for index, bit in enumerate(bits))
-        traced.write_segment(one.entry_number, struct.pack("<4I", one.entry_number, one.base_addr, one.limit, word))
+        found[one.entry_number] = struct.pack("<4I", one.entry_number, one.base_addr, one.limit, word)
+    return found
 
 
 def final_registers(traced: Traced, thread: Thread) -> Registers:

@@ -19,7 +19,7 @@ from lazyd.errors import ImageError, LazydError, ProtocolError
 from lazyd.report import Log
 from lazyd.serve.core import Event, Peer
 from lazyd.serve.inbox import Inbox
-from lazyd.serve.shelves import Borrowed, Shelves, empty_shelf
+from lazyd.serve.shelves import Borrowed, Shelves, Stock, empty_shelf
 from lazyd.tcp import DEAD_AFTER_S, is_silent, prepare
 from lazyd.tcp import Peer as TcpPeer
 from lazyd.tuples import NamedTuple
@@ -29,6 +29,9 @@ from lazyd.wire import Answer, Command, Flags, Message, Reply, encode_reply
 # After so long without a byte in the middle of something a client is said to stall. It is not hung up on while its host
 # answers: a lazy client that is stopped for a while must find its server when it goes on.
 STALL_S = 30.0
+# Somebody who asks for more tasks that are not here is not looking for his own.
+UNKNOWN_MAX = 64
+_DROPPED_BYTES = 1 << 16
 
 
 class Desk(NamedTuple):
@@ -43,16 +46,17 @@ class Desk(NamedTuple):
     """Free in the parent of `images` what a dump replaces."""
 
 
-def serve_connection(connection: socket.socket, name: str, desk: Desk, *, stall_s: float = STALL_S) -> None:
-    """Serve one connected client until it has ended, and say how it went; nothing is raised. `name` is for the log.
+def serve_connection(connection: socket.socket, name: str, desk: Desk, *, stall_s: float = STALL_S) -> bool:
+    """Serve one connected client until it has ended, and say how it went. `name` is for the log.
 
-    The socket stays the caller's, who may shut it down from another thread to end this.
+    Return whether it ended well; nothing is raised. The socket stays the caller's, who may shut it down from another
+    thread to end this.
     """
     peer = Peer(connection.fileno(), name)
     session = _Session(connection, peer, desk, stall_s)
     try:
         _set_timeouts(connection, min(stall_s / 4, DEAD_AFTER_S))
-        session.run()
+        return session.run()
     except LazydError as error:
         desk.log.error(str(error))
     except OSError as error:
@@ -65,6 +69,7 @@ def serve_connection(connection: socket.socket, name: str, desk: Desk, *, stall_
         # What it still sends is of no use: it shall hear so now.
         with suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
+    return False
 
 
 def _summary(peer: Peer) -> str:
@@ -84,9 +89,11 @@ class _Session:
         self._peer = peer
         self._desk = desk
         self._stall_s = stall_s
+        self._is_well = True
         self._has_stalled = False
         self._moved = -1
         self._moved_at = 0.0
+        self._unknown: set[int] = set()
         self._borrowed = Borrowed(desk.shelves) if desk.shelves is not None else None
         self._inbox = Inbox(desk.images, peer, desk.log, auto_dedup=desk.auto_dedup)
 
@@ -96,23 +103,23 @@ class _Session:
         if self._borrowed is not None:
             self._borrowed.give_back()
 
-    def run(self) -> None:
-        """Serve until the client ends; ProtocolError and OSError end it, too."""
+    def run(self) -> bool:
+        """Serve until the client ends; ProtocolError and OSError end it, too. Return whether all has gone well."""
         while True:
             match self._peer.run():
                 case Event.ENDED:
                     if not self._inbox.is_empty:
-                        raise ProtocolError(
-                            self._peer.name, "hung up before the end of its dump: nothing of it is kept"
-                        )
-                    return
+                        reason = "hung up before the end of its dump: nothing of it is kept"
+                        raise ProtocolError(self._peer.name, reason)
+                    return self._is_well
                 case Event.MESSAGE:
                     if not self._take_message():
-                        return
+                        return self._is_well
                 case Event.MISSING:
                     self._miss()
                 case Event.UNREADABLE:
-                    self._refuse_unreadable()
+                    self._end_unreadable()
+                    return False
                 case Event.STALLED:
                     self._note_stall()
                 case Event.UNWRITTEN:
@@ -142,7 +149,9 @@ class _Session:
             case Command.ADD | Command.HOLE | Command.ADD_F:
                 self._add(message)
             case Command.CLOSE | Command.FORCE_CLOSE:
-                self._reply(Answer.STATUS, self._inbox.finish())
+                status = self._inbox.finish()
+                self._is_well = self._is_well and not status
+                self._reply(Answer.STATUS, status)
                 return message.command is Command.CLOSE and self._peer.header is not None
         return True
 
@@ -153,31 +162,30 @@ class _Session:
         self._inbox.open(message.destination)
         self._peer.retry()
 
-    def _shelves_for(self, pid: int) -> Borrowed:
+    def _find(self, pid: int) -> Stock | None:
+        """Return what there is of a task; None, said in the log: nothing, or nothing that can be trusted."""
+        name = self._peer.name
         if self._borrowed is None:
-            raise ProtocolError(self._peer.name, f"asks for pages of task {pid}: start the server with --lazy-pages")
-        return self._borrowed
+            raise ProtocolError(name, f"asks for pages of task {pid}: start the server with --lazy-pages")
+        try:
+            return self._borrowed.take(pid)
+        except ImageError as error:
+            self._unknown.add(pid)
+            if len(self._unknown) > UNKNOWN_MAX:
+                raise ProtocolError(name, f"asks for more than {UNKNOWN_MAX} tasks of which nothing is here") from error
+            self._desk.log.error(f"{name}: asks for task {pid}: {error}")
+            return None
 
     def _get(self, message: Message) -> None:
         """Load a task whose pages are asked for for the first time, and have the question looked at again."""
-        pid = message.destination
-        borrowed = self._shelves_for(pid)
-        try:
-            self._peer.add_shelf(borrowed.take(pid).shelf)
-        except ImageError as error:
-            self._desk.log.error(f"{self._peer.name}: asks for task {pid}: {error}")
-            self._peer.add_shelf(empty_shelf(pid))
+        stock = self._find(message.destination)
+        self._peer.add_shelf(empty_shelf(message.destination) if stock is None else stock.shelf)
         self._peer.retry()
 
     def _identify(self, message: Message) -> None:
         """Say what the server has of a task; 0: nothing."""
-        identity = 0
-        borrowed = self._shelves_for(message.destination)
-        try:
-            identity = borrowed.take(message.destination).identity
-        except ImageError as error:
-            self._desk.log.error(f"{self._peer.name}: asks for task {message.destination}: {error}")
-        self._reply(Answer.IDENTITY, identity)
+        stock = None if message.destination in self._unknown else self._find(message.destination)
+        self._reply(Answer.IDENTITY, 0 if stock is None else stock.identity)
 
     def _miss(self) -> None:
         """Say that what is asked for is not here; the first time, for there may be many."""
@@ -187,12 +195,24 @@ class _Session:
             text += ": the task waits for it, the rest is served"
         self._desk.log.error(text)
 
-    def _refuse_unreadable(self) -> None:
+    def _end_unreadable(self) -> None:
+        """End in the middle of an answer. lazyd comes again, and is told that the page is not here.
+
+        A stock daemon does not: it would give up, and its tasks would read zeros. It is held until it leaves.
+        """
         task, address = self._peer.where
         number = self._peer.error_number
         why = os.strerror(number).lower() if number else "its pages image was cut"
-        reason = f"the page at {address:#x} of task {task} cannot be read: {why}; hanging up in mid-answer"
-        raise ProtocolError(self._peer.name, reason)
+        reason = f"the page at {address:#x} of task {task} cannot be read: {why}"
+        if self._peer.message().flags & Flags.LAZYD:
+            raise ProtocolError(self._peer.name, f"{reason}; hanging up in mid-answer")
+        self._desk.log.error(
+            f"{self._peer.name}: {reason}; its tasks wait until it is ended, for it would give them zeros"
+        )
+        while True:
+            with suppress(BlockingIOError):
+                if not self._socket.recv(_DROPPED_BYTES):
+                    return
 
     def _note_stall(self) -> None:
         """Say, once, that a client stalls; OSError if it is gone."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import errno
 import os
+from bisect import insort
 from typing import Any
 
 from lazyd.dump.core import PagePipe
@@ -111,8 +112,7 @@ class Peer:
 
     def add_shelf(self, shelf: Shelf) -> None:
         """Have the GETs for a task answered from here on."""
-        self._shelves.append(shelf)
-        self._shelves.sort(key=lambda shelf: shelf.pid)
+        insort(self._shelves, shelf, key=lambda shelf: shelf.pid)
         self._pointers = ffi.new("struct lz_shelf *[]", [shelf._raw for shelf in self._shelves])
         self._raw.shelves = self._pointers
         self._raw.shelf_count = len(self._shelves)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from lazyd.errors import LazydError
 from lazyd.serve.connection import Desk, serve_connection
+from lazyd.tcp import Peer, prepare
 
 if TYPE_CHECKING:
     from lazyd.tls.handshake import Endpoint
@@ -41,34 +42,37 @@ def serve_client(
     desk: Desk,
     endpoint: Endpoint | None = None,
     note: Callable[[socket.socket], None] = lambda _: None,
-) -> None:
-    """Serve one connected client, by TLS if there is an endpoint, and close the connection; nothing is raised.
+) -> bool:
+    """Serve one connected client, by TLS if there is an endpoint, and close the connection.
 
-    `note` is told the socket which, shut down by another thread, ends the session.
+    Return whether it ended well; nothing is raised. `note` is told the socket which, shut down by another thread, ends
+    the session.
     """
     with connection:
         note(connection)
         if endpoint is None:
-            serve_connection(connection, name, desk)
-            return
+            return serve_connection(connection, name, desk)
+        prepare(connection, Peer.MAY_PAUSE)
         from lazyd.tls.pump import How, Runs  # noqa: PLC0415  ssl takes its time
 
         try:
             with endpoint.open(connection, name, runs=Runs.IN_THREAD) as tunnel:
                 note(tunnel.plain)
-                serve_connection(tunnel.plain, name, desk)
+                is_well = serve_connection(tunnel.plain, name, desk)
             ending = tunnel.ending()
             if ending is not None and ending.how is not How.CLOSED:
                 desk.log.error(f"{name}: {ending.reason}")
+                return False
+            return is_well
         except LazydError as error:
             desk.log.error(str(error))
+            return False
 
 
 class Server:
-    """Serves whoever connects to a listening socket, which is the caller's."""
+    """Serves clients, each in a thread, until a byte comes from the descriptor `stop`."""
 
-    def __init__(self, listener: socket.socket, desk: Desk, endpoint: Endpoint | None = None) -> None:
-        self._listener = listener
+    def __init__(self, desk: Desk, endpoint: Endpoint | None = None) -> None:
         self._desk = desk
         self._endpoint = endpoint
         self._lock = threading.Lock()
@@ -76,19 +80,37 @@ class Server:
         self._is_crowded = False
         self._is_ending = False
 
-    def run(self, stop: int) -> None:
-        """Serve until the descriptor `stop` can be read; then hang up on all clients, and wait for their threads."""
-        self._listener.setblocking(False)  # noqa: FBT003  its only way
+    def run(self, listener: socket.socket, stop: int) -> None:
+        """Serve whoever connects to a listening socket, which is the caller's; then hang up, and wait for all."""
+        listener.setblocking(False)  # noqa: FBT003  its only way
         poll = select.poll()
-        poll.register(self._listener, select.POLLIN)
+        poll.register(listener, select.POLLIN)
         poll.register(stop, select.POLLIN)
         while stop not in dict(poll.poll()):
-            self._accept()
+            self._accept(listener)
         self._end()
 
-    def _accept(self) -> None:
+    def run_one(self, connection: socket.socket, name: str, stop: int) -> bool:
+        """Serve one client; return whether it ended well."""
+        results: list[bool] = []
+        reading, writing = socket.socketpair()
+        with reading:
+
+            def serve() -> None:
+                with writing:
+                    results.append(self._serve(connection, name))
+
+            self._start(threading.Thread(target=serve, name=name), connection)
+            poll = select.poll()
+            poll.register(reading, select.POLLIN)
+            poll.register(stop, select.POLLIN)
+            poll.poll()
+            self._end()
+        return results == [True]
+
+    def _accept(self, listener: socket.socket) -> None:
         try:
-            connection, address = self._listener.accept()
+            connection, address = listener.accept()
         except (BlockingIOError, ConnectionError):
             return  # gone again
         except OSError as error:
@@ -105,17 +127,19 @@ class Server:
         if is_crowded:
             connection.close()
             return
-        thread = threading.Thread(target=self._serve, args=(connection, name), name=name)
+        self._start(threading.Thread(target=self._serve, args=(connection, name), name=name), connection)
+
+    def _start(self, thread: threading.Thread, connection: socket.socket) -> None:
         with self._lock:
             self._clients[thread] = connection
         try:
             thread.start()
         except RuntimeError as error:  # the limit on processes
-            self._desk.log.error(f"{name}: hung up on: {error}")
+            self._desk.log.error(f"{thread.name}: hung up on: {error}")
             self._forget(thread)
             connection.close()
 
-    def _serve(self, connection: socket.socket, name: str) -> None:
+    def _serve(self, connection: socket.socket, name: str) -> bool:
         thread = threading.current_thread()
 
         def note(now: socket.socket) -> None:
@@ -126,7 +150,7 @@ class Server:
 
         try:
             self._desk.log.debug(f"{name}: connected")
-            serve_client(connection, name, self._desk, self._endpoint, note)
+            return serve_client(connection, name, self._desk, self._endpoint, note)
         finally:
             self._forget(thread)
 

@@ -14,7 +14,7 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -24,6 +24,7 @@ from lazyd.tuples import NamedTuple
 
 _SYS_KCMP, _SYS_PIDFD_GETFD = 312, 438
 KCMP_FILE, KCMP_VM, KCMP_FILES, KCMP_FS, KCMP_SIGHAND = range(5)
+_KCMP_SAME, _KCMP_BEFORE = 0, 1
 _F_GETSIG, _F_GETOWN_EX = 11, 16
 _TIOCGSID = 0x5429  # asm-generic/ioctls.h
 _O_PATH = 0o10000000
@@ -49,6 +50,15 @@ def _system_call(number: int, *arguments: int) -> int:
 def kcmp(one: int, other: int, kind: int, one_fd: int = 0, other_fd: int = 0) -> int:
     """Compare kernel objects of two threads: 0 the same, else an order; OSError."""
     return _system_call(_SYS_KCMP, one, other, kind, one_fd, other_fd)
+
+
+def shares_with_any(one: int, others: Iterable[int], kind: int) -> bool:
+    """Say whether a thread has the same kernel object as any of others, those left out that may not be asked about.
+
+    For what is asked of all threads of a machine while a task is stopped.
+    """
+    call = _libc.syscall
+    return any(not call(_SYS_KCMP, one, other, kind, 0, 0) for other in others)
 
 
 def take_descriptor(pidfd: int, fd: int) -> int:
@@ -98,31 +108,45 @@ class Descriptor(NamedTuple):
         return f"descriptor {self.fd} ({self.path})"
 
 
+Owner = tuple[int, int]
+"""A pid and one of its descriptors."""
+
+
 def read_descriptors(pid: int) -> list[Descriptor]:
     """Return the open files of a task by number; OSError if it is gone or may not be looked at."""
     pidfd = os.pidfd_open(pid)
     try:
         found: list[Descriptor] = []
-        groups: dict[tuple[object, ...], list[int]] = {}
+        groups: dict[tuple[object, ...], list[Owner]] = {}
         for fd in sorted(map(int, os.listdir(f"/proc/{pid}/fd"))):  # noqa: PTH208  names are wanted
             with suppress(FileNotFoundError):  # closed meanwhile, while the task still runs
                 one = _read_one(pid, pidfd, fd)
                 status = one.status
                 alike = groups.setdefault((status.st_dev, status.st_ino, one.flags, one.position), [])
-                for other in alike:
-                    if not kcmp(pid, pid, KCMP_FILE, fd, other):
-                        one = one._replace(same_as=other)
-                        break
-                else:
-                    alike.append(fd)
-                found.append(one)
+                found.append(one._replace(same_as=_find_or_add(alike, (pid, fd))[1]))
         return found
     finally:
         os.close(pidfd)
 
 
-Owner = tuple[int, int]
-"""A pid and one of its descriptors."""
+def _find_or_add(files: list[Owner], one: Owner) -> Owner:
+    """Return whose descriptor of some different open files stands for the same as this one; if none, add it.
+
+    They are in the order that kcmp(2) has for them: some tasks have thousands of descriptors of one file. OSError.
+    """
+    low, high = 0, len(files)
+    while low < high:
+        middle = (low + high) // 2
+        pid, fd = files[middle]
+        order = kcmp(one[0], pid, KCMP_FILE, one[1], fd)
+        if order == _KCMP_SAME:
+            return files[middle]
+        if order == _KCMP_BEFORE:
+            high = middle
+        else:
+            low = middle + 1
+    files.insert(low, one)
+    return one
 
 
 def find_pipe_problems(tables: Mapping[int, Sequence[Descriptor]]) -> dict[Owner, str]:
@@ -157,13 +181,7 @@ def find_owners(tables: Mapping[int, Sequence[Descriptor]]) -> dict[Owner, Owner
                 continue
             status = one.status
             alike = groups.setdefault((status.st_dev, status.st_ino, one.flags, one.position), [])
-            for other_pid, other_fd in alike:
-                if other_pid != pid and not kcmp(pid, other_pid, KCMP_FILE, one.fd, other_fd):
-                    owners[here] = (other_pid, other_fd)
-                    break
-            else:
-                alike.append(here)
-                owners[here] = here
+            owners[here] = _find_or_add(alike, here)
     return owners
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from lazyd.target.descriptors import KCMP_FILES, KCMP_FS, KCMP_SIGHAND, KCMP_VM, kcmp
+from lazyd.target.descriptors import KCMP_FILES, KCMP_FS, KCMP_SIGHAND, KCMP_VM, shares_with_any
 from lazyd.target.survey import Problem
 from lazyd.target.tracing import status_fields, thread_ids
 
@@ -69,14 +69,8 @@ class Others:
             if pid == other or (other in self._pids and other < pid):
                 continue  # two of the tasks are compared once
             for kind in kinds:
-                if any(_is_same(pid, tid, kind) for tid in threads):
+                if shares_with_any(pid, threads, kind):
                     yield Problem(_SHARED[kind], f"shared with process {other} ({_name(other)}) (vfork or clone)")
-
-
-def _is_same(pid: int, tid: int, kind: int) -> bool:
-    with suppress(OSError):  # gone, or nobody that we may ask about: whose memory is another user's
-        return kcmp(pid, tid, kind) == 0
-    return False
 
 
 def _processes() -> Iterator[int]:

@@ -376,30 +376,34 @@ class SteppedCalls:
         """Lay out some calls; the caller steps through them. Not while another batch is not at its end."""
         assert 0 < len(calls) <= MOST_CALLS, "too many calls for the scratch mapping"
         assert self._batch is None or self._batch.is_done, "the batch before is not at its end"
-        # Two more than asked for: one whose result says that all others are there, and the wait.
-        records = [*calls, Call(SYS_GETPID), Call(SYS_PPOLL, (0, 0, self.buffers - _WAIT_BELOW_BUFFERS, 0))]
-        start = self._room.scratch
+        # Two more than asked for: one whose result says that all others are there, and the wait. They come last, but
+        # stand first, where those of the batch before are: the thread still is in one of these, and if lazyd dies
+        # before it has other registers it goes on there.
+        done, wait = self._room.scratch, self._room.scratch + _RECORD_BYTES
+        start = wait + _RECORD_BYTES
+        records = [Call(SYS_GETPID), Call(SYS_PPOLL, (0, 0, self.buffers - _WAIT_BELOW_BUFFERS, 0)), *calls]
         sinks = [self.buffers - 8 * (index + 1) for index in range(len(records))]
         words: list[list[int]] = []
         for index, call in enumerate(records):
             arguments = [0] * 6
             for position, argument in enumerate(call.arguments):
                 if isinstance(argument, Result):
-                    assert argument.call < index, "a result that is not there yet"
-                    sinks[argument.call] = start + index * _RECORD_BYTES + 8 * (position + 1)
+                    assert argument.call + 2 < index, "a result that is not there yet"
+                    sinks[argument.call + 2] = done + index * _RECORD_BYTES + 8 * (position + 1)
                 else:
                     arguments[position] = argument & _ALL_SIGNALS
             words.append([call.number, *arguments])
+        follows = [wait, wait, *(start + number * _RECORD_BYTES for number in range(1, len(calls))), done]
         text = b""
-        for index, (record, sink) in enumerate(zip(words, sinks, strict=True)):
-            handler = self._code.step if index + 1 < len(records) else self._code.tail
-            text += struct.pack("<10Q", *record, sink, start + (index + 1) * _RECORD_BYTES, handler)
+        for record, sink, then in zip(words, sinks, follows, strict=True):
+            handler = self._code.tail if len(text) == _RECORD_BYTES else self._code.step
+            text += struct.pack("<10Q", *record, sink, then, handler)
         text += bytes(_BUFFERS - _WAIT_BELOW_BUFFERS - len(text)) + struct.pack("<QQ", _WAIT_S, 0)
-        self.write(start, text + bytes(_BUFFERS - len(text)))
+        self.write(done, text + bytes(_BUFFERS - len(text)))
         self._thread.write_registers(
             self._registers._replace(ip=self._code.step, bx=start, orig_ax=_NO_SYSTEM_CALL, ax=0)
         )
-        self._batch = Batch(self, sinks[:-1])  # that of the wait is nothing to anybody
+        self._batch = Batch(self, [*sinks[2:], sinks[0]])  # that of the wait is nothing to anybody
         return self._batch
 
     def run_steps(self, *calls: Call) -> Steps[list[int]]:

@@ -33,7 +33,7 @@ from lazyd.tuples import NamedTuple
 
 _PF_KTHREAD, _PF_IO_WORKER = 0x00200000, 0x00000010  # include/linux/sched.h; field 9 of stat
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
-_MAP_HUGE_PROBLEM = "huge pages"
+_LOOKS = 50  # at a task that changes all the time, before it is given up
 
 
 class Problem(NamedTuple):
@@ -104,20 +104,29 @@ class Survey:
         """`tasks`: all that are dumped together. has_tracker: a tracker of ours has write-protected its memory."""
         self.pid = pid
         self._tasks = frozenset(tasks) | {pid}
-        self._has_tracker = has_tracker
+        self.has_tracker = has_tracker
         self._mappings: Known = {}
         self._threads: set[int] = set()
         """Those that are no workers of an io_uring, which threads are from the first or never."""
 
     def look(self) -> Look:
         """Return what the task consists of; DumpError if it is gone or may not be looked at."""
+        for _ in range(_LOOKS):
+            if (look := self._look()) is not None:
+                return look
+            if has_ended(self.pid):
+                raise DumpError(f"process {self.pid} has ended")
+        raise DumpError(f"process {self.pid} changes faster than it can be looked at (exec, mmap); try again")
+
+    def _look(self) -> Look | None:
+        """Return the same, or None if something was gone before it could be looked at: the task runs."""
         try:
             mappings = read_mappings(self.pid, self._mappings)
             descriptors = read_descriptors(self.pid)
             problems = [*self._of_task(), *self._of_mappings(mappings), *self._of_descriptors(descriptors)]
             problems += self._of_names(mappings, descriptors)
         except (FileNotFoundError, ProcessLookupError):
-            raise DumpError(f"process {self.pid} has ended") from None
+            return None
         except PermissionError as error:
             what = f": {error.filename}" if error.filename else ""
             raise DumpError(f"process {self.pid}: no permission to look at it{what}; run as root") from None
@@ -183,7 +192,7 @@ class Survey:
 
     def _of_mappings(self, mappings: list[Mapping]) -> list[Problem]:
         problems = [Problem(f"mapping {mapping}", mapping.problem) for mapping in mappings if mapping.problem]
-        if not self._has_tracker and any(mapping.is_write_protected for mapping in mappings):
+        if not self.has_tracker and any(mapping.is_write_protected for mapping in mappings):
             problems.append(Problem("memory", "write-protected by somebody's userfaultfd"))
         return problems
 

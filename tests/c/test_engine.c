@@ -20,6 +20,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
@@ -62,10 +64,11 @@ struct control {
 	volatile int ready, child_pid;
 	volatile char die_at[32]; /* the named point at which the process that serves is killed */
 	volatile uint64_t die_address;
+	volatile int die_after; /* so many times it is passed before */
 };
 
 static struct control *control;
-static pid_t victim, server;
+static pid_t victim, server, source;
 static struct lz_engine *engine;
 
 static void end_victim(void)
@@ -82,6 +85,11 @@ static void end_victim(void)
 		waitpid(victim, NULL, 0);
 	}
 	victim = 0;
+	if (source > 0) {
+		kill(source, SIGKILL);
+		waitpid(source, NULL, 0);
+	}
+	source = 0;
 }
 
 static uint64_t word_at(uint64_t image_address)
@@ -107,8 +115,8 @@ void lz_point(const char *name, uint64_t address);
 void lz_point(const char *name, uint64_t address)
 {
 	if (control && !strcmp((const char *)control->die_at, name) &&
-	    (!control->die_address || control->die_address == address)) {
-		control->die_at[0] = 0;
+	    (!control->die_address || control->die_address == address) && !control->die_after--) {
+		__atomic_store_n(&control->die_at[0], 0, __ATOMIC_RELAXED);
 		kill(getpid(), SIGKILL);
 		pause();
 	}
@@ -364,6 +372,7 @@ struct scene {
 	bool guarded;   /* a copy of this process serves, see take_over */
 	uint32_t flags; /* of the VMA at BASE */
 	int *source_fd; /* out, when not NULL: the pages image */
+	bool remote;    /* the pages from the fifth on come from a page server */
 };
 
 static struct lz_totals totals(void)
@@ -372,6 +381,62 @@ static struct lz_totals totals(void)
 
 	lz_engine_totals(engine, &now);
 	return now;
+}
+
+/* A page server over loopback: what it is asked for, in small pieces, so that pages are cut anywhere. */
+static void source_main(int listener)
+{
+	int fd, one = 1;
+	uint8_t header[24];
+
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	/* A copy of the userfaultfd would keep it open. */
+	if (dup2(listener, 3) < 0 || syscall(SYS_close_range, 4, ~0U, 0) < 0)
+		_exit(1);
+	fd = accept(3, NULL, NULL);
+	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+	while (recv(fd, header, sizeof(header), MSG_WAITALL) == sizeof(header)) {
+		static uint8_t answer[24 + 256 * PAGE];
+		uint32_t pages, word = 6 | 4 << 16;
+		uint64_t address, length;
+
+		memcpy(&pages, header + 4, 4);
+		memcpy(&address, header + 8, 8);
+		memcpy(answer, header, sizeof(header));
+		memcpy(answer, &word, 4);
+		for (uint64_t i = 0; i < pages * PAGE / 8; i++) {
+			uint64_t value = word_at(address + i * 8);
+			memcpy(answer + 24 + i * 8, &value, 8);
+		}
+		length = 24 + pages * PAGE;
+		for (uint64_t done = 0; done < length;) {
+			uint64_t piece = length - done < 1500 ? length - done : 1500;
+			ssize_t sent = send(fd, answer + done, piece, MSG_NOSIGNAL);
+
+			if (sent <= 0)
+				_exit(1);
+			done += (uint64_t)sent;
+		}
+	}
+	_exit(0);
+}
+
+/* Start one and connect to it. */
+static int start_source(void)
+{
+	struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+	socklen_t length = sizeof(address);
+	int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), fd;
+
+	CHECK(listener >= 0 && !bind(listener, (struct sockaddr *)&address, length) && !listen(listener, 1));
+	CHECK(!getsockname(listener, (struct sockaddr *)&address, &length));
+	source = fork();
+	if (!source)
+		source_main(listener);
+	close(listener);
+	fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	CHECK(fd >= 0 && !connect(fd, (struct sockaddr *)&address, length));
+	return fd;
 }
 
 static void set_up(const struct scene *scene)
@@ -419,6 +484,11 @@ static void set_up(const struct scene *scene)
 		*scene->source_fd = image;
 	else
 		close(image);
+	if (scene->remote) {
+		extents[2].kind = LZ_KIND_REMOTE;
+		extents[2].offset = 0;
+		CHECK(lz_engine_add_remote(engine, start_source(), 24) == 1);
+	}
 	number = lz_engine_prepare(engine, victim, extents, 3, vmas, scene->vmas);
 	CHECK(number == 0);
 	if (scene->guarded) {
@@ -1009,6 +1079,76 @@ static void test_killed_at_hand_back(void)
 	tear_down();
 }
 
+static void test_remote(void)
+{
+	struct lz_link_info link;
+	struct scene scene = { .pages = 64, .fill = LZ_FILL_FULL, .vmas = 1, .remote = true };
+
+	set_up(&scene);
+	lz_engine_finish_restore(engine);
+	check_pages(BASE, BASE, 0, 64, 64);
+	wait_served(0);
+	lz_engine_link(engine, &link);
+	CHECK(link.bytes == 52 * PAGE && !link.error && !link.waiting);
+	tear_down();
+}
+
+/* A fork while a page is on its way: both get it, and it is asked for once. */
+static void test_remote_and_fork(void)
+{
+	struct lz_link_info link;
+	struct scene scene = { .pages = 64, .fill = LZ_FILL_OFF, .vmas = 1, .remote = true };
+
+	set_up(&scene);
+	lz_engine_finish_restore(engine);
+	arm("link-received", 0);
+	begin(&control->slot[0], READ, BASE + 20 * PAGE, 0, 0);
+	CHECK(reached());
+	CHECK(run(1, FORK, 0, 0, 0) == 0);
+	let_go();
+	CHECK(finish(&control->slot[0]) == word_at(BASE + 20 * PAGE));
+	CHECK(run_child(READ, BASE + 20 * PAGE, 0, 0) == word_at(BASE + 20 * PAGE));
+	check_pages(BASE, BASE, 0, 64, 64);
+	for (uint32_t page = 4; page < 56; page++)
+		CHECK(run_child(READ, BASE + page * PAGE, 0, 0) == word_at(BASE + page * PAGE));
+	lz_engine_link(engine, &link);
+	CHECK(link.bytes == 52 * PAGE);
+	tear_down();
+}
+
+/*
+ * Killed between a system call on the link and the note of it, or between two notes: TCP knows what was done, every
+ * page comes, and what had come is not asked for again.
+ */
+static void test_killed_at_link(void)
+{
+	static const char *const points[] = { "link-sent", "link-taken", "link-received" };
+
+	for (uint32_t i = 0; i < 18; i++) {
+		struct lz_link_info link;
+		struct scene scene = { .pages = 64, .fill = LZ_FILL_OFF, .vmas = 1, .guarded = true, .remote = true };
+		uint32_t page = 40;
+
+		set_up(&scene);
+		control->die_after = (int)i / 3 % (i % 3 ? 8 : 4); /* few requests ask for all there is */
+		die_at(points[i % 3], 0);
+		begin(&control->slot[0], READ, BASE + page * PAGE, 0, 0);
+		for (uint32_t k = 0; k < 20 && control->die_at[0]; k++) {
+			if (finished_within(&control->slot[0], 100) && control->die_at[0]) {
+				CHECK(finish(&control->slot[0]) == word_at(BASE + page * PAGE));
+				page = page == 40 ? 4 : page + 1;
+				begin(&control->slot[0], READ, BASE + page * PAGE, 0, 0);
+			}
+		}
+		take_over(1);
+		CHECK(finish(&control->slot[0]) == word_at(BASE + page * PAGE));
+		check_pages(BASE, BASE, 0, 64, 64);
+		lz_engine_link(engine, &link);
+		CHECK(!link.error && link.in_flight == 0 && link.waiting == 0);
+		tear_down();
+	}
+}
+
 int main(int argc, char **argv)
 {
 	static const struct {
@@ -1039,6 +1179,9 @@ int main(int argc, char **argv)
 		TEST(test_killed_at_event),
 		TEST(test_killed_while_applying),
 		TEST(test_killed_at_hand_back),
+		TEST(test_remote),
+		TEST(test_remote_and_fork),
+		TEST(test_killed_at_link),
 	};
 	int rounds = argc > 1 ? atoi(argv[1]) : 1;
 	int through, uffd = lz_uffd_open(&through);

@@ -15,7 +15,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/sendfile.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #define BASE 0x7f0000000000ULL
@@ -179,7 +181,7 @@ static void test_questions(bool damaged)
 		talk->length -= any((uint32_t)talk->length);
 	talk->fd = pair[0];
 	assert(pthread_create(&thread, NULL, client, talk) == 0);
-	const struct lz_shelf *shelves[] = { &given.shelf };
+	struct lz_shelf *shelves[] = { &given.shelf };
 	struct lz_peer peer = { .fd = pair[1], .header_bytes = header, .shelves = shelves, .shelf_count = 1 };
 	int result = run(&peer);
 	lz_peer_free(&peer);
@@ -279,6 +281,57 @@ static void test_unwritable(void)
 	free(talk);
 }
 
+/* Stands before the C library's, and cannot read one page of an image. */
+static off_t bad_offset = -1;
+
+ssize_t sendfile(int out, int in, off_t *offset, size_t bytes)
+{
+	if (bad_offset >= 0 && *offset <= bad_offset && (off_t)(*offset + (off_t)bytes) > bad_offset) {
+		bytes = (size_t)(bad_offset - *offset);
+		if (!bytes) {
+			errno = EIO;
+			return -1;
+		}
+	}
+	return syscall(SYS_sendfile, out, in, offset, bytes);
+}
+
+/* A page that cannot be read ends the connection that has begun to send it, and is missing for those that follow. */
+static void test_unreadable(void)
+{
+	struct talk *talk = calloc(1, sizeof(*talk));
+	struct lz_extent row = { .start = BASE, .pages = 8, .kind = LZ_KIND_DUMPED };
+	int pair[2], fd = memfd_create("given", MFD_CLOEXEC), events[] = { LZ_PEER_UNREADABLE, LZ_PEER_ENDED };
+	struct lz_shelf shelf = { .pid = PID, .rows = &row, .count = 1, .fds = &fd }, *shelves[] = { &shelf };
+	uint64_t expected[] = { 24 + 3 * LZ_PAGE_SIZE, 3 * 24 + 7 * LZ_PAGE_SIZE };
+	pthread_t thread;
+
+	assert(talk && fd >= 0 && ftruncate(fd, 8 << LZ_PAGE_SHIFT) == 0);
+	bad_offset = 3 << LZ_PAGE_SHIFT;
+	for (int round = 0; round < 2; round++) {
+		assert(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+		talk->length = talk->received = 0;
+		put_message(talk, 24, 0x80000007, BASE, 8, PID);
+		for (uint64_t at = 3; round && at < 5; at++)
+			put_message(talk, 24, 0x80000007, BASE + (at << LZ_PAGE_SHIFT), 5, PID);
+		talk->fd = pair[0];
+		assert(pthread_create(&thread, NULL, client, talk) == 0);
+		struct lz_peer peer = { .fd = pair[1], .header_bytes = 24, .shelves = shelves, .shelf_count = 1 };
+		assert(run(&peer) == events[round]);
+		assert(peer.missing_answers == (uint64_t)round);
+		if (!round)
+			assert(peer.code == EIO && peer.address == BASE + (3 << LZ_PAGE_SHIFT) && peer.task == PID);
+		lz_peer_free(&peer);
+		close(pair[1]);
+		pthread_join(thread, NULL);
+		close(pair[0]);
+		assert(talk->received == expected[round]);
+	}
+	bad_offset = -1;
+	close(fd);
+	free(talk);
+}
+
 int main(void)
 {
 	signal(SIGPIPE, SIG_IGN);
@@ -287,5 +340,6 @@ int main(void)
 		test_entries(i % 2);
 	}
 	test_unwritable();
+	test_unreadable();
 	return 0;
 }

@@ -78,6 +78,28 @@ def test_a_plain_task_comes_back(suite, how, words, programs, start, tmp_path):
     assert restore(harness.Checkpoint(suite, pid, images, state), how, tmp_path / "work") == "ok\n"
 
 
+EARLY = """
+import sys
+from lazyd.dump import memory
+memory.EARLY_BYTES = memory.EARLY_BYTES_A_THREAD = 0
+from lazyd import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@HOW
+def test_what_was_copied_while_the_task_ran_comes_back(suite, how, programs, running, tmp_path):
+    pid, state = start_plain(programs, running, tmp_path, 7)
+    images = tmp_path / "images"
+    words = [sys.executable, "-c", EARLY, "dump", "--pid", str(pid), "-D", str(images)]
+    run = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert "of them while it ran" in run.stderr
+    wait_gone(pid)
+    assert lazyd("verify", images).stdout.endswith("good\n")
+    assert restore(harness.Checkpoint(suite, pid, images, state), how, tmp_path / "work") == "ok\n"
+
+
 @HOW
 def test_a_chain_of_pre_dumps_comes_back(suite, how, programs, start, tmp_path):
     pid, state = start_plain(programs, start, 3)

@@ -20,7 +20,10 @@ def test_stock_daemon_migrates(suite, scenario, victim, tmp_path):
         assert not source.task_state or source.task_state == "Z"
 
 
-@pytest.mark.parametrize("scenario", ["tree"])
+SCENARIOS = ["threads", "forks", "forkstorm", "remap", "unmap", "advise", "storm", "exec", "exits", "tree", "sparse"]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
 def test_lazyd_migrates(suite, scenario, victim, tmp_path):
     command = [str(victim), scenario, str(tmp_path / "state")]
     with migration.source(suite, command, tmp_path) as source:
@@ -30,7 +33,7 @@ def test_lazyd_migrates(suite, scenario, victim, tmp_path):
         assert not source.task_state or source.task_state == "Z"
 
 
-@pytest.mark.parametrize("scenario", ["tree"])
+@pytest.mark.parametrize("scenario", ["storm"])
 def test_lazyd_migrates_by_tls(suite, scenario, victim, tmp_path):
     authority = Authority(tmp_path)
     there, here = authority.sign("source"), authority.sign("destination")

@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import random
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +21,7 @@ import harness
 import pytest
 from process_harness import Dying
 
+from lazyd.image.pb import core_pb2, files_pb2
 from lazyd.target.tracing import state_of, status_fields, thread_ids
 
 LAZYD = str(Path(sys.executable).parent / "lazyd")
@@ -321,6 +325,84 @@ def test_a_pages_image_that_is_cut(sleeper):
     for path in sleeper.images.glob("pages-*.img"):
         os.truncate(path, 4096)
     assert "pages-" in refused(sleeper)
+
+
+def edit(path, message, change):
+    """Change the first record of an image."""
+    text = path.read_bytes()
+    (length,) = struct.unpack_from("<I", text, 8)
+    record = message.FromString(text[12 : 12 + length])
+    change(record)
+    body = record.SerializeToString()
+    path.write_bytes(text[:8] + struct.pack("<I", len(body)) + body + text[12 + length :])
+
+
+def rename(path):
+    def change(record):
+        record.reg.name = path
+
+    return change
+
+
+def fill_control_word(record):
+    record.thread_info.fpregs.cwd = 1 << 16
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("files.img", rename("usr/bin/python3"), "files.img: garbled: file "),
+        ("files.img", rename("/usr/bin\0/python3"), "files.img: garbled: file "),
+        ("core-PID.img", fill_control_word, "core-PID.img: garbled, it or another of task PID"),
+    ],
+)
+def test_values_that_cannot_be(sleeper, name, change, words):
+    pid = str(sleeper.pid)
+    message = files_pb2.File if name == "files.img" else core_pb2.Core
+    edit(sleeper.images / name.replace("PID", pid), message, change)
+    said = refused(sleeper)
+    assert words.replace("PID", pid) in said
+    assert len(said.splitlines()) == 1
+
+
+def test_garbled_images(programs, start, tmp_path):
+    """A byte of a small image is another one, or the last ones are gone: refused, or it does not matter."""
+    saved = start(programs("plain"), "STATE", "3")
+    dump(saved, "lazyd")
+    small = sorted(path.name for path in saved.images.glob("*.img") if not path.name.startswith("pages"))
+    images = tmp_path / "garbled"
+    chance = random.Random(4)
+    codes = []
+    with Dying("from lazyd import cli\nimport lazyd.restore.build", "return cli.main(words)") as dying:
+        for _ in range(20 * STRESS):
+            shutil.rmtree(images, ignore_errors=True)
+            shutil.copytree(saved.images, images)
+            path = images / chance.choice(small)
+            text = bytearray(path.read_bytes())
+            at = chance.randrange(8, len(text))
+            if chance.randrange(4):
+                text[at] = chance.randrange(256)
+            else:
+                del text[at:]
+            path.write_bytes(text)
+            codes.append(dying.run(10**9, "restore", "-D", images, "--eager")[0])
+            if codes[-1] == 1:
+                assert state_of(saved.pid) in "XZ"
+            harness.reap_group(saved.pid)
+    assert set(codes) == {0, 1}
+
+
+def test_names_that_are_not_utf_8(suite, start):
+    code = "import ctypes, os, time; ctypes.CDLL(None).prctl(15, b'\\xff\\xfe', 0, 0, 0); OPEN"
+    code += "; os.mknod('STATE/ready'); time.sleep(1000)"
+    saved = start(PYTHON_COMMAND, "-c", code.replace("OPEN", "0"))
+    dump(saved, suite)
+    restore(saved, "--eager")
+    assert Path(f"/proc/{saved.pid}/comm").read_bytes() == b"\xff\xfe\n"
+    shutil.rmtree(saved.images)
+    saved = start(PYTHON_COMMAND, "-c", code.replace("OPEN", "file = open(b'STATE/\\xff', 'w')"))
+    dump(saved, suite)
+    assert "its path is not UTF-8" in refused(saved)
 
 
 HEAD = """

@@ -23,7 +23,7 @@ from lazyd.serve.connection import Desk
 from lazyd.serve.shelves import Shelves
 from lazyd.wire import Command, Data, Flags, HeaderSize, Message, ServerParser, encode, guess_header, image_id
 
-SETTINGS = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 PID = 77
 # What is given: pages 0 and 1, zeros at 2, nothing at 3, pages from 4 on.
 GIVEN = [

@@ -125,6 +125,29 @@ while len(os.listdir(f"/proc/{child}/fd")) < len(os.listdir("/proc/self/fd")) - 
     assert content.count(b"/opened") == 2
 
 
+EXECS = """
+#include <unistd.h>
+int main(int argc, char **argv) { usleep(1000); return execv(argv[argc - 1], argv); }
+"""
+
+
+def test_a_task_that_executes_itself_all_the_time(tmp_path):
+    """Mappings are gone before they can be looked at; that it has ended is not true for that."""
+    source, program = tmp_path / "execs.c", str(tmp_path / "execs")
+    source.write_text(EXECS)
+    subprocess.run(["gcc", "-O2", "-o", program, str(source)], check=True)
+    null = subprocess.DEVNULL
+    process = subprocess.Popen([program, program], stdin=null, stdout=null, stderr=null, start_new_session=True)
+    try:
+        for number in range(4):
+            run = lazyd("dump", "--pid", process.pid, "-D", tmp_path / f"images{number}", "--leave-running")
+            assert run.returncode == 0 or "changes faster than it can be looked at" in run.stderr, run.stderr
+            assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
 EVERYTHING = r"""
 import ctypes, fcntl, mmap, os, select, signal, socket, struct, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -283,6 +306,9 @@ def test_other_namespaces_are_refused(kind, tmp_path):
         (["dump", "--pid", "2", "-D", "x", "now"], "one word too many"),
         (["dump", "--pid", "2", "-D", "x", "--page-server"], "--address HOST and --port N are needed"),
         (["dump", "--pid", "2", "-D", "x", "--port", "1"], "are for --page-server"),
+        (["dump", "--pid", "2", "-D", "x", "--page-server", "--address", "h", "--port", "65536"], "not a port"),
+        (["dump", "--pid", "2", "-D", "x", "--stats", "no/stats"], "no such directory for the statistics"),
+        (["dump", "--pid", "2", "-D", "x", "-o", "no/log"], "opening the log file"),
         (
             ["pre-dump", "--pid", "2", "-D", "x", "--page-server", "--address", "x", "--port", "1"],
             "bound to images here",
@@ -311,6 +337,34 @@ def test_a_directory_that_is_not_empty(start, tmp_path):
 def test_a_directory_whose_parent_is_not_there(start, tmp_path):
     victim = start("registers")
     assert "no such directory" in one_line("dump", "--pid", victim.pid, "-D", tmp_path / "no" / "images")
+    assert victim.finish() == "ok\n"
+
+
+def test_a_name_as_long_as_names_may_be(start, tmp_path):
+    """What is made beside it has a longer name; it must fit all the same."""
+    victim, images = start("registers"), tmp_path / ("n" * 255)
+    assert lazyd("dump", "--pid", victim.pid, "-D", images, "-R").returncode == 0
+    assert lazyd("verify", images).stdout.endswith("good\n")
+    assert "ENAMETOOLONG" in one_line("dump", "--pid", victim.pid, "-D", tmp_path / ("n" * 256))
+    assert list(tmp_path.glob(".*")) == []
+    assert victim.finish() == "ok\n"
+
+
+def test_a_working_directory_that_is_gone(start, tmp_path):
+    victim = start("registers")
+    (tmp_path / "gone").mkdir()
+    words = ["sh", "-c", 'rmdir "$PWD"; exec "$@"', "sh", LAZYD, "dump", "--pid", str(victim.pid), "-D", "images"]
+    run = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path / "gone")
+    assert run.returncode == 1
+    assert run.stderr == "images: the working directory is gone; name a directory by its whole path\n"
+    assert victim.finish() == "ok\n"
+
+
+def test_a_page_server_on_no_host(start, tmp_path):
+    victim = start("registers")
+    words = ["--page-server", "--address", "no-such-host.invalid", "--port", "1"]
+    assert "no such host" in one_line("dump", "--pid", victim.pid, "-D", tmp_path / "images", *words)
+    assert is_nothing_left(tmp_path)
     assert victim.finish() == "ok\n"
 
 
@@ -481,6 +535,52 @@ def test_a_log_among_the_images(start, tmp_path):
     assert f"process {victim.pid} (steady)" in (images / "dump.log").read_text()
     assert lazyd("verify", images).stdout.endswith("good\n")
     assert "not empty" in one_line("dump", "--pid", victim.pid, "-D", images, "-R")
+    assert victim.finish() == "ok\n"
+
+
+# ---- what tracks between dumps ----
+
+
+def is_tracked(pid):
+    """Ask the kernel whether anybody has write-protected memory of a task."""
+    return " uw" in Path(f"/proc/{pid}/smaps").read_text()
+
+
+INTERRUPTED = """
+import subprocess, sys, time
+run = subprocess.run
+def interrupted(*words, **named):
+    run(*words, **named)
+    time.sleep(0.5)  # it is there, and serves
+    raise KeyboardInterrupt
+subprocess.run = interrupted
+from lazyd.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_interrupt_leaves_no_tracker_that_nobody_finds(start, tmp_path):
+    victim = start("registers")
+    words = [sys.executable, "-c", INTERRUPTED, "pre-dump", "--pid", str(victim.pid), "-D", str(tmp_path / "first")]
+    run = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    assert run.returncode == 1
+    wait_until(lambda: not is_tracked(victim.pid), "the protection to end", 5)
+    assert lazyd("pre-dump", "--pid", victim.pid, "-D", tmp_path / "second").returncode == 0
+    assert is_tracked(victim.pid)
+    assert victim.finish() == "ok\n"
+
+
+def test_a_tracker_whose_socket_is_removed_ends(start, tmp_path):
+    """Else its task could never be dumped again: its memory is protected by somebody who cannot be asked."""
+    victim = start("registers")
+    assert lazyd("pre-dump", "--pid", victim.pid, "-D", tmp_path / "first").returncode == 0
+    assert is_tracked(victim.pid)
+    (socket,) = Path("/run/lazyd").glob(f"tracker-*-{victim.pid}.socket")
+    socket.unlink()
+    wait_until(lambda: not is_tracked(victim.pid), "the tracker to end", 10)
+    run = lazyd("dump", "--pid", victim.pid, "-D", tmp_path / "second", "--parent", tmp_path / "first", "-R")
+    assert run.returncode == 0, run.stderr
+    assert "in the parent" not in run.stderr
     assert victim.finish() == "ok\n"
 
 

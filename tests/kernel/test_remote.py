@@ -39,9 +39,8 @@ class Short(Answers):
             content = content[length:]
 
 
-@pytest.mark.parametrize("size", [24, 32])
+@pytest.mark.parametrize(("size", "order"), [(24, "random"), (32, "forward")])
 @pytest.mark.parametrize("fill", FILLS)
-@pytest.mark.parametrize("order", ["forward", "random"])
 def test_every_page_reads_right(stage, order, fill, size):
     make = functools.partial(Answers, size=size)
     stage.restore(MIXED, ["sweep", order, "3"], *FILLS[fill], make=make, size=size)
@@ -58,10 +57,9 @@ def test_short_answers_are_asked_for_again(stage, fill, before):
 
 
 @pytest.mark.parametrize("fill", FILLS)
-@pytest.mark.parametrize("make", [Answers, Short])
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("make", "threads"), [(Answers, 3), (Short, 1)])
 def test_random_layout_changes(stage, threads, make, fill):
-    for number in range(2 * STRESS):
+    for number in range(STRESS):
         stage.restore(MIXED, ["storm", str(threads), "150"], *FILLS[fill], make=make, before=["seed", str(number)])
         stage.close()
         for path in stage.images.iterdir():
@@ -100,7 +98,7 @@ def test_pages_that_are_here_do_not_cross_the_network(stage):
 def test_the_server_is_killed_at_any_moment(stage, steps, make):
     """What it had received, and what it had asked for, the next one knows."""
     source = stage.build_remote({PID: LARGE}, make)
-    for number in range(2 * STRESS):
+    for number in range(STRESS):
         daemon = stage.start_daemon(*source.words)
         words = [*hand_over(LARGE, PID), "seed", str(number), "finish", "hangup", "say", "runs", *steps]
         skeleton = stage.start_skeleton(*words)
@@ -117,9 +115,10 @@ def test_the_server_is_killed_at_any_moment(stage, steps, make):
         assert result == (0, "ok\n"), f"{result}\n{daemon.output}"
         skeleton.close()
         assert daemon.wait() == 0, daemon.output
-        # One that is killed before it has heard the answer leaves it unread, which TCP tells as a reset.
+        # All has come, then. One that is killed while it says so leaves it at the end of the connection, which a stock
+        # source takes for the same; with an answer unread, TCP calls that a reset.
         source.wait_for_end()
-        assert source.lines()[-2] == "close 0x1024"
+        assert source.lines()[-1] in ("eof", "broken")
 
 
 class Wrong(Answers):

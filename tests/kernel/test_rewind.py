@@ -330,6 +330,20 @@ while True:
 """
 
 
+def test_images_of_shared_memory_that_are_garbled(start):
+    """What it would take to notice that too late is the task."""
+    victim = start()
+    victim.check()
+    for path in victim.images.glob("pagemap-shmem-*.img"):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1])
+        assert f"{path}, offset " in refused(victim)
+        path.write_bytes(whole)
+    victim.forget()
+    assert victim.rewind()[0] == 0
+    victim.check()
+
+
 def test_children_descriptors_and_another_program(start_script):
     victim = start_script(SCRIPT)
     (victim.state / "open").touch()

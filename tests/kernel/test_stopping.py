@@ -245,6 +245,34 @@ def test_lazyd_is_killed_before_each_of_its_steps(start, kinds):
     assert victim.finish() == "ok\n"
 
 
+REGISTERS = """
+from lazyd.target import remote, tracing
+tracing.Thread.write_registers = counted(tracing.Thread.write_registers)
+"""
+BATCHES = """
+pid = int(words[0])
+with tracing.StoppedTask(pid) as task, remote.RemoteCalls(pid, task.leader, remote.find_room(task)) as calls:
+    for many in (1, 40, 2):
+        calls.run(*[remote.Call(39)] * many)
+"""
+
+
+def test_lazyd_is_killed_between_batches_of_calls(start):
+    """The thread waits at the end of one while the next one, a longer or a shorter, is laid out over it."""
+    victim = start("registers", "nanosleep")
+    before = layout(victim.pid)
+    with Dying(REGISTERS, BATCHES) as dying:
+        code, steps = dying.run(10**9, victim.pid)
+        assert code == 0
+        assert steps >= 6
+        for limit in range(steps):
+            assert dying.run(limit, victim.pid)[0] == -signal.SIGKILL
+            wait_until(
+                lambda: layout(victim.pid) == before, f"the task to be as before, lazyd killed after {limit} steps", 5
+            )
+    assert victim.finish() == "ok\n"
+
+
 LEFT = bytes.fromhex("6c7a2d72656d6f74 9f1c56e0a7b34d28")
 """What the code of the system calls begins with, so that it is known again."""
 CROWD = """

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
@@ -135,6 +136,17 @@ def test_several_tasks_over_one_connection(tmp_path):
     assert lines[1] == f"client: asks for the page at {BASE + 9 * PAGE:#x} of task 9, which is not here"
 
 
+def test_somebody_who_asks_for_all_tasks(simple):
+    desk = desk_for(simple[0])
+    with connected(desk, 24) as client:
+        with contextlib.suppress(BrokenPipeError):
+            for pid in range(1000, 1200):
+                client.ask(BASE, 1, pid, LAZYD)
+        assert client.is_hung_up_on()
+    assert len(desk.log.lines) == 64 + 1 + 2  # the first page that is not here, and the summary
+    assert "client: asks for more than 64 tasks of which nothing is here" in desk.log.lines
+
+
 def identity(images, pid: int = PID) -> int:
     with connected(desk_for(images, dialect="booleans"), 32) as client:
         client.send(IDENTIFY, destination=pid)
@@ -204,6 +216,25 @@ def test_a_pages_image_that_is_cut_is_never_zeros(simple):
         assert (answer.pages, answer.data) == (2, page_pattern(BASE) + page_pattern(BASE + PAGE))
         client.ask(BASE + 2 * PAGE, 2, PID, LAZYD)
         assert client.answer()[:2] == (LAZYD | LAZY, 2)
+
+
+@pytest.mark.parametrize("flags", [0, LAZYD])
+def test_a_pages_image_that_is_cut_in_the_middle_of_an_answer(flags, tmp_path):
+    """lazyd is hung up on, and comes again; a stock daemon would go, and leave its tasks with zeros."""
+    images = build_checkpoint(tmp_path / "images", [Task(PID, [Entry(BASE, 2000)])])
+    desk = desk_for(images)
+    with connected(desk, 32) as client:
+        client.ask(BASE, 2000, PID, flags)
+        client.receive(32)
+        os.truncate(images / "pages-1.img", 1000 * PAGE)
+        got = client.receive(1000 * PAGE)
+        assert got[-PAGE:] == page_pattern(BASE + 999 * PAGE)
+        client.socket.settimeout(0.3)
+        with pytest.raises(EOFError if flags else TimeoutError):
+            client.receive(1)
+    assert (
+        f"the page at {BASE + 1000 * PAGE:#x} of task 77 cannot be read: its pages image was cut" in desk.log.lines[0]
+    )
 
 
 def test_images_that_cannot_be_trusted_are_not_given(simple):
