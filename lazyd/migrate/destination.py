@@ -147,15 +147,14 @@ class _Migration:
         words = [sys.executable, "-m", "lazyd", "lazy-pages", "-D", str(self._images), "--no-progress"]
         words += ["--page-server", "--ps-socket", str(numbers[0]), "--status-fd", str(writing)]
         words += ["-o", "lazy-pages.log", "--stats", str(self._statistics), *self._settings.lazyd_options]
-        with (self._images / "lazy-pages.out").open("wb") as out:
-            self._daemon = subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                pass_fds=numbers,
-                start_new_session=True,  # what interrupts us is passed on
-            )
+        # Its errors, and only those, go where ours go.
+        self._daemon = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=numbers,
+            start_new_session=True,  # what interrupts us is passed on
+        )
         os.close(writing)
         try:
             is_listening = os.read(reading, 1)
@@ -163,7 +162,7 @@ class _Migration:
             os.close(reading)
         if not is_listening:
             self._daemon.wait()
-            raise RestoreError(f"lazyd lazy-pages: {self._last_line('lazy-pages.out')}")
+            raise RestoreError(f"lazyd lazy-pages: {self._last_line('lazy-pages.log')}")
 
     def _restore(self) -> int:
         """Have criu restore the tasks; return the first one's pid. RestoreError: none of them has run."""

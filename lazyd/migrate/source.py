@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -28,6 +29,8 @@ from lazyd.units import human_bytes
 _ANSWER_S = 20.0
 _RESTORE_S = 600.0
 _DUMPER_S = 30.0
+_LOOK_S = 0.5
+_LAST_WORDS_S = 5.0
 
 
 class Settings(NamedTuple):
@@ -102,7 +105,7 @@ class _Migration:
             if said.word == "running":
                 stopped = human_seconds(time.monotonic() - self._begun)
                 self._log.message(f"running at {self._control.peer}; it was stopped for {stopped} at most")
-                said = self._control.hear("full", "lost")
+                said = self._hear_ending()
         except Exception as error:
             return self._hold(str(error))
         if said.word == "full":
@@ -111,6 +114,17 @@ class _Migration:
             return self._hold(f"{self._control.peer}: {said.values.get('reason')}")
         self._guard.let_go_at_end()
         raise ProtocolError(self._control.peer, f"{said.values.get('reason')}; the task goes on here")
+
+    def _hear_ending(self) -> Said:
+        """Return what the destination says last; ProtocolError too if pages cannot get there any more."""
+        silent_since = 0.0
+        while not select.select([self._control.stream], [], [], _LOOK_S)[0]:
+            if not self._guard.link_ended.is_set():
+                continue
+            silent_since = silent_since or time.monotonic()
+            if time.monotonic() - silent_since > _LAST_WORDS_S:
+                raise ProtocolError(self._control.peer, "the connection for pages is gone, and not all have been sent")
+        return self._control.hear("full", "lost")
 
     def _ignore_signals(self) -> None:
         """Have nothing end this process, which would take from the copy what it still needs."""

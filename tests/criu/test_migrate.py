@@ -201,6 +201,20 @@ def test_a_destination_that_dies_after_go_holds_the_program_until_somebody_decid
         harness.wait_until(lambda: not hosts.task_state, "its end")
 
 
+def test_a_link_for_pages_that_breaks_holds_the_program(victim, tmp_path):
+    with contextlib.ExitStack() as stack:
+        hosts = Hosts(stack, "trixie", [str(victim), "plain", str(tmp_path / "state")], tmp_path)
+        with false_destination(hosts) as (source, log, control, link):
+            control.sendall(message(b'{"word": "restoring"}') + message(b'{"word": "running", "pid": 1}'))
+            link.close()
+            harness.wait_until(lambda: "the connection for pages is gone" in log.read_text(), "it to say so")
+            assert "is held" in log.read_text()
+            assert hosts.task_state in {"t", "T"}
+            source.send_signal(signal.SIGUSR1)
+            assert wait(source, hosts) == 1
+        hosts.assert_goes_on()
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
