@@ -10,6 +10,7 @@
 #define _GNU_SOURCE 1
 #include "../../cbits/abi.h"
 #include "../../cbits/lz.h"
+#include "../../cbits/remote.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -1116,6 +1117,64 @@ static void test_remote_and_fork(void)
 	tear_down();
 }
 
+/* What TCP says was read and written is what was, while more comes all the time, and when the other side has ended. */
+static void test_tcp_moved(void)
+{
+	struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+	socklen_t length = sizeof(address);
+	int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), fd, pair[2];
+	uint64_t received, sent, had = 0, gave = 0, received_base, sent_base;
+	char bytes[4096] = { 0 };
+	pid_t sender;
+
+	CHECK(!bind(listener, (struct sockaddr *)&address, length) && !listen(listener, 1));
+	CHECK(!getsockname(listener, (struct sockaddr *)&address, &length));
+	fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	CHECK(!connect(fd, (struct sockaddr *)&address, length));
+	CHECK(!lz_tcp_moved(fd, &received_base, &sent_base));
+	sender = fork();
+	if (!sender) {
+		int peer = accept(listener, NULL, NULL);
+
+		for (uint32_t i = 0; i < 40000; i++) { /* as many bytes come back as go, in pieces of all lengths */
+			if (send(peer, bytes, 1 + i % 700, MSG_NOSIGNAL) < 0)
+				_exit(1);
+			while (recv(peer, bytes, sizeof(bytes), MSG_DONTWAIT) > 0)
+				;
+		}
+		shutdown(peer, SHUT_WR);
+		pause();
+		_exit(0);
+	}
+	close(listener);
+	for (uint32_t i = 0; had < 13985000; i++) {
+		ssize_t got = recv(fd, bytes, 1 + i % 1500, 0), put = send(fd, bytes, 1 + i % 50, MSG_DONTWAIT);
+
+		CHECK(got > 0);
+		had += (uint64_t)got;
+		gave += put > 0 ? (uint64_t)put : 0;
+		CHECK(!lz_tcp_moved(fd, &received, &sent));
+		CHECK(received - received_base == had && sent - sent_base == gave);
+	}
+	for (ssize_t got = 1; got > 0;) { /* the end is there, behind the bytes that are unread, and then it is read */
+		struct pollfd end = { .fd = fd, .events = POLLRDHUP };
+
+		CHECK(poll(&end, 1, 10000) == 1);
+		CHECK(!lz_tcp_moved(fd, &received, &sent) && received - received_base == had);
+		got = recv(fd, bytes, 1000, 0);
+		had += got > 0 ? (uint64_t)got : 0;
+	}
+	CHECK(!lz_tcp_moved(fd, &received, &sent) && received - received_base == had);
+	kill(sender, SIGKILL);
+	CHECK(waitpid(sender, NULL, 0) == sender);
+	CHECK(lz_tcp_moved(fd, &received, &sent) < 0 || received - received_base == had);
+	close(fd);
+	CHECK(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
+	CHECK(lz_tcp_moved(pair[0], &received, &sent) < 0);
+	close(pair[0]);
+	close(pair[1]);
+}
+
 /*
  * Killed between a system call on the link and the note of it, or between two notes: TCP knows what was done, every
  * page comes, and what had come is not asked for again.
@@ -1181,6 +1240,7 @@ int main(int argc, char **argv)
 		TEST(test_killed_at_hand_back),
 		TEST(test_remote),
 		TEST(test_remote_and_fork),
+		TEST(test_tcp_moved),
 		TEST(test_killed_at_link),
 	};
 	int rounds = argc > 1 ? atoi(argv[1]) : 1;
