@@ -1175,6 +1175,50 @@ static void test_tcp_moved(void)
 	close(pair[1]);
 }
 
+static void *relink_main(void *fd)
+{
+	CHECK(!lz_engine_relink(engine, *(int *)fd, 24));
+	return NULL;
+}
+
+/* The link is mended while bytes of the old connection are taken: they are not counted on the new one. */
+static void test_relink_while_receiving(void)
+{
+	struct lz_link_info link;
+	struct scene scene = { .pages = 64, .fill = LZ_FILL_OFF, .vmas = 1, .remote = true };
+	pid_t before;
+	pthread_t thread;
+	int fd;
+
+	set_up(&scene);
+	lz_engine_finish_restore(engine);
+	before = source;
+	fd = start_source();
+	arm("link-taken", 24);
+	begin(&control->slot[0], READ, BASE + 20 * PAGE, 0, 0);
+	CHECK(reached());
+	lz_engine_link(engine, &link);
+	CHECK(!shutdown(link.fd, SHUT_WR));
+	begin(&control->slot[1], READ, BASE + 40 * PAGE, 0, 0); /* which cannot be asked for */
+	for (uint32_t i = 0; i < 1000 && !link.error; i++) {
+		usleep(1000);
+		lz_engine_link(engine, &link);
+	}
+	CHECK(link.error == -EPIPE);
+	CHECK(!pthread_create(&thread, NULL, relink_main, &fd));
+	usleep(20000);
+	let_go();
+	CHECK(!pthread_join(thread, NULL));
+	CHECK(finish(&control->slot[0]) == word_at(BASE + 20 * PAGE));
+	CHECK(finish(&control->slot[1]) == word_at(BASE + 40 * PAGE));
+	check_pages(BASE, BASE, 0, 64, 64);
+	lz_engine_link(engine, &link);
+	CHECK(!link.error && !link.in_flight && !link.waiting);
+	kill(before, SIGKILL);
+	CHECK(waitpid(before, NULL, 0) == before);
+	tear_down();
+}
+
 /*
  * Killed between a system call on the link and the note of it, or between two notes: TCP knows what was done, every
  * page comes, and what had come is not asked for again.
@@ -1241,6 +1285,7 @@ int main(int argc, char **argv)
 		TEST(test_remote),
 		TEST(test_remote_and_fork),
 		TEST(test_tcp_moved),
+		TEST(test_relink_while_receiving),
 		TEST(test_killed_at_link),
 	};
 	int rounds = argc > 1 ? atoi(argv[1]) : 1;
