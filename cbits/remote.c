@@ -758,7 +758,8 @@ void lz_remote_resume(struct lz_remote *remote)
 	} else if (!link->error && (was_sending || was_receiving)) {
 		break_link(remote, -ECONNABORTED, LZ_LINK_UNCOUNTED, 0, 0);
 	}
-	if (!link->error && link->answered < link->asked)
+	/* Also where the link is of no use any more: what was noted as received is not asked for again. */
+	if (link->answered < link->asked)
 		settle(remote, 0);
 	find_asked(remote);
 }

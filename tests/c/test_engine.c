@@ -27,6 +27,7 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -374,6 +375,7 @@ struct scene {
 	uint32_t flags; /* of the VMA at BASE */
 	int *source_fd; /* out, when not NULL: the pages image */
 	bool remote;    /* the pages from the fifth on come from a page server */
+	bool local;     /* by a connection that is not TCP */
 };
 
 static struct lz_totals totals(void)
@@ -423,21 +425,37 @@ static void source_main(int listener)
 }
 
 /* Start one and connect to it. */
-static int start_source(void)
+static int start_source_at(const struct sockaddr *name, socklen_t length)
 {
-	struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
-	socklen_t length = sizeof(address);
-	int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), fd;
+	const int family = name->sa_family;
+	struct sockaddr_storage address = { 0 };
+	int listener = socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0), fd;
 
-	CHECK(listener >= 0 && !bind(listener, (struct sockaddr *)&address, length) && !listen(listener, 1));
+	CHECK(listener >= 0 && !bind(listener, name, length) && !listen(listener, 1));
+	length = sizeof(address);
 	CHECK(!getsockname(listener, (struct sockaddr *)&address, &length));
 	source = fork();
 	if (!source)
 		source_main(listener);
 	close(listener);
-	fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	fd = socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	CHECK(fd >= 0 && !connect(fd, (struct sockaddr *)&address, length));
 	return fd;
+}
+
+static int start_source(void)
+{
+	struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+
+	return start_source_at((struct sockaddr *)&address, sizeof(address));
+}
+
+/* One that no TCP counts for, as behind TLS. */
+static int start_local_source(void)
+{
+	struct sockaddr_un address = { .sun_family = AF_UNIX }; /* the kernel finds a name */
+
+	return start_source_at((struct sockaddr *)&address, sizeof(sa_family_t));
 }
 
 static void set_up(const struct scene *scene)
@@ -488,7 +506,7 @@ static void set_up(const struct scene *scene)
 	if (scene->remote) {
 		extents[2].kind = LZ_KIND_REMOTE;
 		extents[2].offset = 0;
-		CHECK(lz_engine_add_remote(engine, start_source(), 24) == 1);
+		CHECK(lz_engine_add_remote(engine, scene->local ? start_local_source() : start_source(), 24) == 1);
 	}
 	number = lz_engine_prepare(engine, victim, extents, 3, vmas, scene->vmas);
 	CHECK(number == 0);
@@ -1252,6 +1270,52 @@ static void test_killed_at_link(void)
 	}
 }
 
+/*
+ * Killed in the middle of a receive that nobody counts for: the link is of no use then, and another one takes its
+ * place. What was noted has come, and the rest is asked for again.
+ */
+static void test_killed_and_relinked(void)
+{
+	static const char *const points[] = { "link-sent", "link-taken", "link-received" };
+
+	for (uint32_t i = 0; i < 12; i++) {
+		struct scene scene = {
+			.pages = 64, .fill = LZ_FILL_OFF, .vmas = 1, .guarded = true, .remote = true, .local = true
+		};
+		struct lz_link_info link;
+		uint64_t touched = BASE + 4 * PAGE;
+		pid_t before;
+		int fd;
+
+		set_up(&scene);
+		before = source;
+		control->die_after = (int)i / 3;
+		die_at(points[i % 3], 0);
+		begin(&control->slot[0], READ, touched, 0, 0);
+		while (finished_within(&control->slot[0], 100) && control->die_at[0]) {
+			CHECK(finish(&control->slot[0]) == word_at(touched));
+			touched += PAGE;
+			begin(&control->slot[0], READ, touched, 0, 0);
+		}
+		CHECK(!control->die_at[0]);
+		take_over(1);
+		lz_engine_link(engine, &link);
+		if (link.error) {
+			fd = start_local_source();
+			CHECK(!lz_engine_relink(engine, fd, 24));
+		}
+		CHECK(finish(&control->slot[0]) == word_at(touched));
+		check_pages(BASE, BASE, 0, 64, 64);
+		lz_engine_link(engine, &link);
+		CHECK(!link.error && link.in_flight == 0 && link.waiting == 0);
+		if (before != source) {
+			kill(before, SIGKILL);
+			CHECK(waitpid(before, NULL, 0) == before);
+		}
+		tear_down();
+	}
+}
+
 int main(int argc, char **argv)
 {
 	static const struct {
@@ -1287,6 +1351,7 @@ int main(int argc, char **argv)
 		TEST(test_tcp_moved),
 		TEST(test_relink_while_receiving),
 		TEST(test_killed_at_link),
+		TEST(test_killed_and_relinked),
 	};
 	int rounds = argc > 1 ? atoi(argv[1]) : 1;
 	int through, uffd = lz_uffd_open(&through);
