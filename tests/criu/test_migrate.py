@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import migration
 import pki
 import pytest
 
-from lazyd.net import Network
+from lazyd.net import Network, firewall_tables
 
 PORT = 27100
 
@@ -139,6 +140,48 @@ def test_a_program_migrates(hosts, what, tmp_path):
     assert re.search(r"running at 10\.77\.0\.2:27100; it was stopped for [\d.]+ (ms|s) at most", said)
     assert re.search(r"pages: [\d.]+ MiB in \d+ requests, round trip", said)
     assert "faults: " in log.read_text()
+
+
+_CONNECTED = """
+import pathlib, socket, sys, time
+state = pathlib.Path(sys.argv[1])
+listening = socket.create_server(("127.0.0.1", 0))
+one = socket.create_connection(listening.getsockname())
+other, _ = listening.accept()
+one.send(b"sent before")
+(state / "ready").touch()
+while not (state / "go").exists():
+    time.sleep(0.001)
+one.send(b", and after")
+got = b""
+while len(got) < 22:
+    got += other.recv(100)
+(state / "result").write_text("ok\\n" if got == b"sent before, and after" else repr(got))
+"""
+
+
+@pytest.mark.parametrize("unlock", [False, True])
+def test_connections_go_along_and_the_network_is_locked(victim, tmp_path, unlock):
+    """With criu 4.2.1: 4.1.1 cannot dump a TCP socket on Linux 6.18."""
+    if not Path(harness.criu_command("sid")).exists():
+        pytest.skip("no CRIU of sid: run scripts/get-criu sid")
+    with contextlib.ExitStack() as stack:
+        command = [sys.executable, "-c", _CONNECTED, str(tmp_path / "state")]
+        hosts = Hosts(stack, "sid", command, tmp_path)
+        extra = ["--tcp-established", "--network-lock", "nftables"]
+        (destination, _), (source, log) = hosts.destination(*extra), hosts.source(*extra, *["--unlock-source"] * unlock)
+        assert wait(source, hosts) == 0, hosts.logs()
+        assert wait(destination, hosts) == 0, hosts.logs()
+        (hosts.state / "go").touch()
+        harness.wait_until(lambda: hosts.result, "the verdict")
+        assert hosts.result == "ok\n"
+        with hosts.there.inside():
+            left = firewall_tables("CRIU-")
+        assert len(left) == (not unlock)
+        with hosts.here.inside():
+            assert not firewall_tables("CRIU-")
+        said = "the network is unlocked" if unlock else f"nft delete table inet {next(iter(left))}"
+        assert said in log.read_text()
 
 
 def test_a_restore_that_fails_leaves_the_program_at_the_source(hosts, tmp_path):
