@@ -281,7 +281,7 @@ def _serve_rewound(options: Options, pid: int, log: Log, progress: Progress, sta
     from lazyd.restore.plan import make_plan  # noqa: PLC0415
     from lazyd.restore.rewind import Rewound  # noqa: PLC0415
 
-    plan = make_plan(options.settings.images, needs_terminal=False)
+    plan = make_plan(options.settings.images, is_there=True)
     if plan.pid != pid:
         raise RestoreError(f"{plan.images}: images of task {plan.pid}, not of {pid}")
     held: list[Rewound] = []

@@ -140,7 +140,8 @@ class MemoryDump:
 
     def is_worth_early(self, pid: int, threads: int) -> bool:
         """Say whether a prepared task has so much memory that the task stands for less time if it is copied early."""
-        return self._resident[pid] >= EARLY_BYTES + threads * EARLY_BYTES_A_THREAD
+        is_much = self._resident[pid] >= EARLY_BYTES + threads * EARLY_BYTES_A_THREAD
+        return is_much and self._prepared[pid].takes_early
 
     def copy_early(self, pid: int, areas: Sequence[Area], tracker: Tracker, pause: Callable[[], None]) -> bool:
         """Copy a prepared task's private memory while it runs; say whether that was done.

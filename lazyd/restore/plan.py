@@ -98,15 +98,15 @@ class Plan(NamedTuple):
         return bool(self.task.task_state == TaskState.STOPPED.value)
 
 
-def make_plan(images: Path, *, needs_terminal: bool = True) -> Plan:
+def make_plan(images: Path, *, is_there: bool = False) -> Plan:
     """Read the images of a plain task; ImageError if they cannot be trusted, RestoreError if it is not plain.
 
-    needs_terminal: where the task had one, there must be one among our standard streams.
+    is_there: the task is put back, not made: then it needs none of our terminals, limits and capabilities.
     """
     directory = ImagesDirectory.open(images)
     try:
         directory.check_inventory()
-        return _Reader(directory, needs_terminal=needs_terminal).read()
+        return _Reader(directory, is_there=is_there).read()
     except FileNotFoundError as error:
         raise ImageError(images, "no inventory.img in it: not a directory of CRIU images") from error
     finally:
@@ -114,9 +114,9 @@ def make_plan(images: Path, *, needs_terminal: bool = True) -> Plan:
 
 
 class _Reader:
-    def __init__(self, directory: ImagesDirectory, *, needs_terminal: bool) -> None:
+    def __init__(self, directory: ImagesDirectory, *, is_there: bool) -> None:
         self.directory = directory
-        self.needs_terminal = needs_terminal
+        self.is_there = is_there
         self.problems: list[str] = []
 
     def read(self) -> Plan:
@@ -181,10 +181,11 @@ class _Reader:
     def refuse(self, pid: int) -> None:
         if self.problems:
             listed = "".join(f"\n  {text}" for text in dict.fromkeys(self.problems))
-            raise RestoreError(
-                f"{self.directory.path}: task {pid} has what `lazyd restore` cannot bring back:{listed}\n"
-                f"nothing was made; `criu restore --lazy-pages` may, beside `lazyd --images {self.directory.path}`"
-            )
+            images = self.directory.path
+            end = f"nothing was made; `criu restore --lazy-pages` may, beside `lazyd --images {images}`"
+            if self.is_there:
+                end = "nothing was changed"
+            raise RestoreError(f"{images}: task {pid} has what lazyd cannot bring back:{listed}\n{end}")
 
     def read_files(self) -> dict[int, Any]:
         """Return what files.img has, by number, with paths that can be. What is not UTF-8 protobuf returns as bytes."""
@@ -285,7 +286,7 @@ class _Reader:
         if has_records(self.directory, "pipes-data.img"):
             self.add("pipes-data.img", "pipes with bytes in them that nobody has read")
         has_terminal = any(plan.files[one.id].type == TERMINAL for one in plan.descriptors)
-        if has_terminal and self.needs_terminal and own_terminal() < 0:
+        if has_terminal and not self.is_there and own_terminal() < 0:
             self.add("terminal", "none of lazyd's own standard streams is one, for it to go on with")
 
     def look_at_threads(self, plan: Plan) -> None:
@@ -301,7 +302,7 @@ class _Reader:
             if creds.lsm_profile:
                 self.add(where, f"confined by a security module as {creds.lsm_profile}")
             lacking = (mask(creds.cap_prm) & ~permitted) | (mask(creds.cap_bnd) & ~bounding)
-            if lacking:
+            if lacking and not self.is_there:
                 self.add(where, f"capabilities that lazyd does not have itself: {lacking:#x}")
             if not core.HasField("thread_core"):
                 self.add(where, "images that are too old to say what it is")
@@ -311,7 +312,7 @@ class _Reader:
     def look_at_limits(self, plan: Plan) -> None:
         import resource  # noqa: PLC0415  only here
 
-        if int(status_fields(os.getpid())["CapEff"], 16) >> _CAP_SYS_RESOURCE & 1:
+        if self.is_there or int(status_fields(os.getpid())["CapEff"], 16) >> _CAP_SYS_RESOURCE & 1:
             return
         for number, limit in enumerate(plan.task.rlimits.rlimits):
             hard = resource.getrlimit(number)[1] % (1 << 64)

@@ -308,7 +308,7 @@ def test_what_is_beyond_a_plain_task_is_listed_whole(suite, start):
     saved = start(PYTHON_COMMAND, "-c", BEYOND)
     dump(saved, suite)
     said = refused(saved)
-    assert f"task {saved.pid} has what `lazyd restore` cannot bring back:" in said
+    assert f"task {saved.pid} has what lazyd cannot bring back:" in said
     assert "descriptor 3: a pipe" in said
     assert "descriptor 5: an eventfd" in said
     assert f"`criu restore --lazy-pages` may, beside `lazyd --images {saved.images}`" in said

@@ -13,6 +13,7 @@ import errno
 import os
 import pickle
 import signal
+import socket
 import stat
 import struct
 import subprocess
@@ -24,8 +25,9 @@ from pathlib import Path
 import pages_victim as pv
 import pytest
 from dump_harness import dump, read_back
-from kernel_harness import Dying, layout, wait_until
+from kernel_harness import layout, wait_until
 from pages_victim import BASE, PAGE, Victim
+from process_harness import Dying
 from test_dump_chains import FORMS
 from test_dump_chains import start as start_model
 
@@ -269,6 +271,14 @@ from lazyd import cli
 """
 
 
+NEVER_ARMED = """
+def arm(*_):
+    raise SystemExit("armed")
+memory.Tracker.arm = arm
+from lazyd import cli
+"""
+
+
 def test_what_is_early_is_of_no_parent(start, tmp_path):
     """Where the early copy comes to nothing, its tracking says nothing about the parent's images."""
     victim = start("registers", "memory")
@@ -280,6 +290,26 @@ def test_what_is_early_is_of_no_parent(start, tmp_path):
     assert run.returncode == 0, run.stderr
     assert "in the parent" not in run.stderr
     assert check(victim.pid, second, tmp_path / "kept") > 100
+    assert victim.finish() == "ok\n"
+
+
+def test_what_goes_to_a_page_server_is_not_copied_early(start, tmp_path):
+    """It goes through one stream in order: nothing is tracked for what could not be sent."""
+    victim = start("registers", "memory")
+    program = EARLY.replace("from lazyd import cli", NEVER_ARMED)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(30)
+        to = ["--page-server", "--address", "127.0.0.1", "--port", server.getsockname()[1]]
+        words = [sys.executable, "-c", program, "dump", "--pid", victim.pid, "-D", tmp_path / "images", *to]
+        with subprocess.Popen([*map(str, words)], stderr=subprocess.PIPE, text=True) as process:
+            connection, _ = server.accept()
+            assert len(connection.recv(24)) == 24  # OPEN2
+            connection.sendall(b"\0")
+            connection.recv(1)
+            connection.close()
+            _, said = process.communicate(timeout=30)
+    assert said.startswith("127.0.0.1:"), "the connection it was, that ended it"
+    assert "armed" not in said
     assert victim.finish() == "ok\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -170,6 +171,21 @@ def test_it_runs_or_is_stopped_as_it_was(start, then, now):
     assert code == 0, said
     assert (state_of(victim.pid) == "T") is (then == "stopped")
     os.kill(victim.pid, signal.SIGCONT)
+    victim.check()
+
+
+def test_the_limits_of_lazyd_are_not_its(start):
+    """What is made has no more than lazyd has; what is there keeps its own."""
+    victim = start()
+    victim.check()
+    victim.forget()
+    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    assert hard
+    words = ["rewind", "-D", victim.images, "--pid", str(victim.pid), "--no-progress"]
+    limited = ["prlimit", "--core=0:0", *LAZYD, *words]
+    run = subprocess.run(limited, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert resource.prlimit(victim.pid, resource.RLIMIT_CORE) == (soft, hard)
     victim.check()
 
 
