@@ -197,6 +197,23 @@ def test_a_restore_that_fails_leaves_the_program_at_the_source(hosts, tmp_path):
     hosts.assert_goes_on()
 
 
+def test_a_full_disk_at_the_destination_leaves_the_program(old_hosts):
+    """And nothing in the way of the next try."""
+    hosts = old_hosts
+    hosts.images.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "none", hosts.images], check=True)
+    try:
+        (destination, log), (source, source_log) = hosts.destination(), hosts.source()
+        assert wait(destination, hosts) == 1
+        assert wait(source, hosts) == 1
+        assert "ENOSPC" in log.read_text().splitlines()[-1]
+        assert "ENOSPC" in source_log.read_text().splitlines()[-1]
+        assert not [path for path in hosts.images.iterdir() if path.suffix not in {".log", ".out"}]
+    finally:
+        subprocess.run(["umount", hosts.images], check=True)
+    hosts.assert_goes_on()
+
+
 @contextlib.contextmanager
 def false_destination(hosts):
     """Take a source's connections and images as a destination would; yield (source, its log, control, link)."""
