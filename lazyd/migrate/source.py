@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lazyd.errors import DumpError, ProtocolError
 from lazyd.migrate.conversation import VERSION, Conversation, Said
-from lazyd.migrate.guard import Guard
+from lazyd.migrate.guard import Guard, how_to_decide
 from lazyd.net import delete_firewall_table, firewall_tables
 from lazyd.report import Log, human_seconds
 from lazyd.tcp import Peer, connect
@@ -172,7 +172,7 @@ class _Migration:
             raise DumpError(f"{self._settings.criu}: cannot be started: {reason} (--criu names it)") from error
         finally:
             os.close(writing)
-        self._guard.start()
+        self._guard.start(f"process {self._settings.pid}")
         try:
             is_ready = os.read(reading, 1)
         finally:
@@ -205,11 +205,7 @@ class _Migration:
 
     def _hold(self, why: str) -> int:
         """Keep the task stopped, since its copy has run, until somebody decides."""
-        pid = os.getpid()
-        self._log.error(
-            f"{why}; process {self._settings.pid} is held: kill -USR1 {pid} lets it go on (if its copy never "
-            f"will again), kill -TERM {pid} ends it"
-        )
+        self._log.error(f"{why}; {how_to_decide(f'process {self._settings.pid}')}")
         decided = threading.Event()
         wanted = []
 

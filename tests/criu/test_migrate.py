@@ -270,6 +270,25 @@ def test_a_destination_that_dies_after_go_holds_the_program_until_somebody_decid
         harness.wait_until(lambda: not hosts.task_state, "its end")
 
 
+@pytest.mark.parametrize("decision", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_source_that_is_killed_after_go_leaves_the_program_held(old_hosts, decision):
+    hosts = old_hosts
+    with false_destination(hosts) as (source, log, control, _):
+        control.sendall(message(b'{"word": "restoring"}') + message(b'{"word": "running", "pid": 1}'))
+        harness.wait_until(lambda: "running at" in log.read_text(), "it to hear that")
+        source.kill()
+        source.wait()
+        harness.wait_until(lambda: "is held" in log.read_text(), "what is left to say so")
+        assert hosts.task_state in {"t", "T"}
+        holder = int(re.search(r"kill -USR1 (\d+)", log.read_text())[1])
+        os.kill(holder, decision)
+    if decision is signal.SIGUSR1:
+        hosts.assert_goes_on()
+    else:
+        harness.wait_until(lambda: not hosts.task_state, "its end")
+        assert not hosts.result
+
+
 def test_a_link_for_pages_that_breaks_holds_the_program(old_hosts):
     hosts = old_hosts
     with false_destination(hosts) as (source, log, control, link):
