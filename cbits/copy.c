@@ -18,6 +18,7 @@
 #define _GNU_SOURCE 1
 #include "abi.h"
 #include "lz.h"
+#include "wire.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -36,10 +37,6 @@
 #define BATCH_PAGES (BATCH_BYTES >> LZ_PAGE_SHIFT)
 #define THREADS_MAX 8U
 #define BYTES_FOR_A_THREAD (4U << 20)
-#define PE_PARENT 1U
-#define PE_LAZY 2U
-#define PE_PRESENT 4U
-#define PS_ADD_F 6U
 
 int lz_room_make(int fd, uint64_t bytes, uint64_t warm_bytes, struct lz_room *room)
 {
@@ -374,30 +371,20 @@ int lz_copy_file(int in, const struct lz_page_pipe *pipe, int out, const struct 
 	return copy(open_source(0, in), pipe, out, room, threads, NULL, state);
 }
 
-/* The message that goes before a run; its layout is lazyd/wire.py's. Returns its length. */
+/* The message that goes before a run. Returns its length. */
 static size_t put_header(uint8_t *at, const struct lz_page_run *run, uint64_t start, uint64_t pages,
 			 const struct lz_stream_format *format)
 {
-	uint32_t flags = run->kind == LZ_PAGE_DUMPED ? PE_PRESENT : run->kind == LZ_PAGE_PARENT ? PE_PARENT : 0;
-	uint32_t command;
-	size_t length = 0;
+	struct lz_message message = { PS_ADD_F, 0, pages, start, format->dst_id };
 
-	if (run->lazy && (flags & PE_PRESENT || (flags & PE_PARENT && format->lazy_holes)))
-		flags |= PE_LAZY;
-	command = PS_ADD_F | flags << 16;
-	memset(at, 0, format->header_bytes);
-	memcpy(at, &command, 4);
-	if (format->header_bytes == 32) {
-		memcpy(at + 8, &pages, 8);
-		length = 16;
-	} else {
-		uint32_t narrow = (uint32_t)pages;
-		memcpy(at + 4, &narrow, 4);
-		length = 8;
-	}
-	memcpy(at + length, &start, 8);
-	memcpy(at + length + 8, &format->dst_id, 8);
-	return length + 16;
+	if (run->kind == LZ_PAGE_DUMPED)
+		message.flags = PE_PRESENT;
+	else if (run->kind == LZ_PAGE_PARENT)
+		message.flags = PE_PARENT;
+	if (run->lazy && (message.flags == PE_PRESENT || (message.flags && format->lazy_holes)))
+		message.flags |= PE_LAZY;
+	lz_wire_encode(at, format->header_bytes, &message);
+	return format->header_bytes;
 }
 
 static int send_all(int out, const uint8_t *bytes, uint64_t length, struct lz_copy_state *state)
@@ -422,7 +409,6 @@ struct parcel {
 };
 
 #define PARCEL_BYTES (1U << 20)
-#define HEADER_MAX 32U
 
 static int send_parcel(struct parcel *parcel, struct lz_copy_state *state)
 {
@@ -468,7 +454,7 @@ static int stream(const struct source *source, const struct lz_page_pipe *pipe, 
 		while (left) {
 			uint64_t pages = left > UINT32_MAX ? UINT32_MAX : left;
 			int result = 0;
-			if (PARCEL_BYTES - parcel->filled < HEADER_MAX)
+			if (PARCEL_BYTES - parcel->filled < LZ_HEADER_MAX)
 				result = send_parcel(parcel, state);
 			parcel->filled += put_header(parcel->bytes + parcel->filled, run, start, pages, format);
 			if (result == 0 && run->kind == LZ_PAGE_DUMPED)

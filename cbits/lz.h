@@ -347,6 +347,29 @@ enum lz_link_reason {
 	LZ_LINK_UNCOUNTED = 8, /* a process died, and it is not known what it had received */
 };
 
+/* A GET, and what its answer brings. */
+struct lz_question {
+	uint64_t address, pages;
+	int32_t pid;
+};
+
+enum lz_answer_kind {
+	LZ_ANSWER_BYTES = 1,   /* the pages follow */
+	LZ_ANSWER_ZEROS = 2,   /* they are zeros, and nothing follows */
+	LZ_ANSWER_NOTHING = 3, /* the server does not have them, and nothing follows */
+};
+
+struct lz_answer {
+	uint64_t pages;
+	uint64_t found, wanted; /* of what is wrong */
+	uint32_t kind;          /* enum lz_answer_kind */
+	uint32_t speaks_lazyd;
+};
+
+/* Read the header of an answer: 0, or why it is none to this question, as enum lz_link_reason. */
+int lz_answer_read(const uint8_t *header, uint32_t header_bytes, const struct lz_question *question,
+		   struct lz_answer *answer);
+
 /* How the link to the page server is. */
 struct lz_link_info {
 	uint64_t bytes;     /* of pages received, over all connections */

@@ -3,6 +3,7 @@
 #include "remote.h"
 
 #include "engine.h"
+#include "wire.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -28,13 +29,6 @@
 #define IDLE_SLACK (3U << 20)     /* on top of what the link holds, while nobody faults */
 #define ACTIVE_SLACK (256U << 10) /* and while somebody does: it waits that much longer */
 #define MEASURE_NS 10000000U
-
-/* The protocol, as far as it is spoken here: see lazyd/wire.py, whose table this is a part of. */
-#define PS_ADD_F 6U
-#define PS_GET 7U
-#define PE_PRESENT 4U
-#define PE_LAZY 2U
-#define PE_LAZYD 0x8000U
 
 static uint64_t *words_of(const struct lz_remote *remote, uint64_t offset)
 {
@@ -259,21 +253,11 @@ static void break_link(struct lz_remote *remote, int error, enum lz_link_reason 
 
 static size_t encode(const struct lz_link *link, const struct lz_request *request, uint8_t *at)
 {
-	const uint32_t word = PS_GET | PE_LAZYD << 16;
-	const uint64_t pages = request->pages, pid = (uint64_t)request->pid;
-	size_t length = 8;
+	const struct lz_message message = { PS_GET, PE_LAZYD, request->pages, request->address,
+					    (uint64_t)request->pid };
 
-	memset(at, 0, 32);
-	memcpy(at, &word, 4);
-	if (link->header_bytes == 32) {
-		memcpy(at + 8, &pages, 8);
-		length = 16;
-	} else {
-		memcpy(at + 4, &request->pages, 4);
-	}
-	memcpy(at + length, &request->address, 8);
-	memcpy(at + length + 8, &pid, 8);
-	return length + 16;
+	lz_wire_encode(at, link->header_bytes, &message);
+	return link->header_bytes;
 }
 
 /* Send what is asked and not sent; under the lock. */
@@ -444,47 +428,65 @@ static void arrive(struct lz_remote *remote, const struct lz_request *request, u
 	lz_engine_wake_worker(&remote->engine->worker[request->worker]);
 }
 
+int lz_answer_read(const uint8_t *header, uint32_t header_bytes, const struct lz_question *question,
+		   struct lz_answer *answer)
+{
+	const struct lz_message message = lz_wire_decode(header, header_bytes);
+	const uint32_t known = PE_PRESENT | PE_LAZY | PE_LAZYD;
+
+	*answer = (struct lz_answer){ .pages = message.pages };
+	if (message.command != PS_ADD_F || message.flags & ~known || !(message.flags & (PE_PRESENT | PE_LAZYD))) {
+		answer->found = message.command | message.flags << 16;
+		answer->wanted = PS_ADD_F | PE_PRESENT << 16;
+		return LZ_LINK_COMMAND;
+	}
+	if (message.destination != (uint64_t)question->pid) {
+		answer->found = message.destination;
+		answer->wanted = (uint64_t)question->pid;
+		return LZ_LINK_PID;
+	}
+	if (message.address != question->address) {
+		answer->found = message.address;
+		answer->wanted = question->address;
+		return LZ_LINK_ADDRESS;
+	}
+	if (!message.pages || message.pages > question->pages) {
+		answer->found = message.pages;
+		answer->wanted = question->pages;
+		return LZ_LINK_PAGES;
+	}
+	answer->speaks_lazyd = !!(message.flags & PE_LAZYD);
+	if (message.flags & PE_PRESENT)
+		answer->kind = LZ_ANSWER_BYTES;
+	else
+		answer->kind = message.flags & PE_LAZY ? LZ_ANSWER_NOTHING : LZ_ANSWER_ZEROS;
+	return 0;
+}
+
 /* Read the header of an answer. False: the link is broken. */
 static bool take_header(struct lz_remote *remote, struct lz_request *request)
 {
 	struct lz_link *link = remote->link;
-	const uint8_t *at = link->header;
-	uint64_t pages, address, pid;
-	uint32_t word, narrow, flags;
+	const struct lz_question question = { request->address, request->pages, request->pid };
+	struct lz_answer answer;
+	int reason = lz_answer_read(link->header, link->header_bytes, &question, &answer);
 
-	memcpy(&word, at, 4);
-	memcpy(&narrow, at + 4, 4);
-	pages = narrow;
-	if (link->header_bytes == 32) {
-		at += 8;
-		memcpy(&pages, at, 8);
-	}
-	memcpy(&address, at + 8, 8);
-	memcpy(&pid, at + 16, 8);
-	flags = word >> 16;
-	if ((word & 0xFFFF) != PS_ADD_F || flags & ~(PE_PRESENT | PE_LAZY | PE_LAZYD) ||
-	    !(flags & (PE_PRESENT | PE_LAZYD)))
-		break_link(remote, -EPROTO, LZ_LINK_COMMAND, word, PS_ADD_F | PE_PRESENT << 16);
-	else if (pid != (uint64_t)request->pid)
-		break_link(remote, -EPROTO, LZ_LINK_PID, pid, (uint64_t)request->pid);
-	else if (address != request->address)
-		break_link(remote, -EPROTO, LZ_LINK_ADDRESS, address, request->address);
-	else if (!pages || pages > request->pages)
-		break_link(remote, -EPROTO, LZ_LINK_PAGES, pages, request->pages);
-	if (link->error)
+	if (reason) {
+		break_link(remote, -EPROTO, (enum lz_link_reason)reason, answer.found, answer.wanted);
 		return false;
-	if (flags & PE_LAZYD)
+	}
+	if (answer.speaks_lazyd)
 		__atomic_store_n(&link->speaks_lazyd, 1, __ATOMIC_RELEASE);
-	if (pages < request->pages)
-		forget_pages(remote, request, pages);
-	if (!(flags & PE_PRESENT) && flags & PE_LAZY) {
-		bits_change(remote, link->lost_bits, request->offset >> LZ_PAGE_SHIFT, pages, true);
+	if (answer.pages < request->pages)
+		forget_pages(remote, request, answer.pages);
+	if (answer.kind == LZ_ANSWER_NOTHING) {
+		bits_change(remote, link->lost_bits, request->offset >> LZ_PAGE_SHIFT, answer.pages, true);
 		link->any_lost = 1;
 	}
-	if (!(flags & PE_PRESENT)) /* what was there before is somebody else's */
-		memset(remote->landing + ((uint64_t)request->place << LZ_PAGE_SHIFT), 0, pages << LZ_PAGE_SHIFT);
-	request->answer_bytes = flags & PE_PRESENT ? (uint32_t)pages << LZ_PAGE_SHIFT : 0;
-	__atomic_store_n(&request->answer_pages, (uint32_t)pages, __ATOMIC_RELEASE);
+	if (answer.kind != LZ_ANSWER_BYTES) /* what was there before is somebody else's */
+		memset(remote->landing + ((uint64_t)request->place << LZ_PAGE_SHIFT), 0, answer.pages << LZ_PAGE_SHIFT);
+	request->answer_bytes = answer.kind == LZ_ANSWER_BYTES ? (uint32_t)answer.pages << LZ_PAGE_SHIFT : 0;
+	__atomic_store_n(&request->answer_pages, (uint32_t)answer.pages, __ATOMIC_RELEASE);
 	return true;
 }
 
@@ -565,9 +567,10 @@ static void measure(struct lz_remote *remote)
 	if (remote->measured_ns) {
 		rate = (uint64_t)((double)(link->total_bytes - remote->measured_bytes) * 1e9 /
 				  (double)(now - remote->measured_ns));
-		if (rate < link->rate - link->rate / 8)
-			rate = link->rate - link->rate / 8;
-		__atomic_store_n(&link->rate, rate, __ATOMIC_RELAXED);
+		/* The mean, not the best: what a burst shows the link does not keep up, and faults would wait in its
+		 * queue. The window is larger than what the link holds at this rate, so the rate grows until the link
+		 * is full. */
+		__atomic_store_n(&link->rate, link->rate ? link->rate / 2 + rate / 2 : rate, __ATOMIC_RELAXED);
 	}
 	remote->measured_ns = now;
 	remote->measured_bytes = link->total_bytes;

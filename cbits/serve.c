@@ -16,6 +16,7 @@
  */
 #define _GNU_SOURCE 1
 #include "lz.h"
+#include "wire.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -28,15 +29,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define PS_ADD 1U
-#define PS_HOLE 2U
-#define PS_ADD_F 6U
-#define PS_GET 7U
-#define PE_PARENT 1U
-#define PE_LAZY 2U
-#define PE_PRESENT 4U
-#define PE_LAZYD 0x8000U
-
 #define INPUT_BYTES (256U << 10)
 /* The most that one answer holds: more only means that the next question waits longer. */
 #define ANSWER_BYTES (16ULL << 20)
@@ -46,56 +38,21 @@
 
 static const uint8_t zeros[ZERO_BYTES];
 
-struct message {
-	uint32_t command, flags;
-	uint64_t pages, address, destination;
-};
-
-static uint64_t load(const uint8_t *at, unsigned int bytes)
+static struct lz_message decode(const struct lz_peer *peer)
 {
-	uint64_t value = 0;
-
-	for (unsigned int i = 0; i < bytes; i++)
-		value |= (uint64_t)at[i] << (8 * i);
-	return value;
-}
-
-static void store(uint8_t *at, unsigned int bytes, uint64_t value)
-{
-	for (unsigned int i = 0; i < bytes; i++)
-		at[i] = (uint8_t)(value >> (8 * i));
-}
-
-static struct message decode(const struct lz_peer *peer)
-{
-	const uint8_t *head = peer->head;
-	uint32_t word = (uint32_t)load(head, 4);
-	bool wide = peer->header_bytes == 32;
-	const uint8_t *rest = head + (wide ? 16 : 8);
-
-	return (struct message){ .command = word & 0xffff,
-				 .flags = word >> 16,
-				 .pages = wide ? load(head + 8, 8) : load(head + 4, 4),
-				 .address = load(rest, 8),
-				 .destination = load(rest + 8, 8) };
+	return lz_wire_decode(peer->head, peer->header_bytes);
 }
 
 static void encode(struct lz_peer *peer, uint32_t flags, uint64_t pages, uint64_t address, uint64_t destination)
 {
-	uint8_t *head = peer->reply_head;
-	bool wide = peer->header_bytes == 32;
-	uint8_t *rest = head + (wide ? 16 : 8);
+	const struct lz_message message = { PS_ADD_F, flags, pages, address, destination };
 
-	memset(head, 0, sizeof(peer->reply_head));
-	store(head, 4, PS_ADD_F | flags << 16);
-	store(head + (wide ? 8 : 4), wide ? 8 : 4, pages);
-	store(rest, 8, address);
-	store(rest + 8, 8, destination);
+	lz_wire_encode(peer->reply_head, peer->header_bytes, &message);
 	peer->reply_head_at = 0;
 	peer->reply_head_left = peer->header_bytes;
 }
 
-static bool is_range(const struct message *m)
+static bool is_range(const struct lz_message *m)
 {
 	return m->pages && m->address % LZ_PAGE_SIZE == 0 && m->address < LZ_USER_END &&
 	       m->pages <= (LZ_USER_END - m->address) >> LZ_PAGE_SHIFT;
@@ -271,7 +228,7 @@ static void set_cork(struct lz_peer *peer, int on)
  * Decide what the answer to a GET is: the run from its address on that is of one kind. To lazyd that is pages with
  * bytes, pages of zeros, or pages that are not here; to others, who know only pages with bytes, zeros are sent as such.
  */
-static int begin_reply(struct lz_peer *peer, struct lz_shelf *shelf, const struct message *m)
+static int begin_reply(struct lz_peer *peer, struct lz_shelf *shelf, const struct lz_message *m)
 {
 	bool is_lazyd = m->flags & PE_LAZYD;
 	uint64_t wanted = m->pages << LZ_PAGE_SHIFT, bytes = 0, row = first_row(shelf, m->address), first = row;
@@ -382,7 +339,7 @@ static int send_reply(struct lz_peer *peer)
 /* ---- entries ---- */
 
 /* Say what an entry is: 0 and *kind and *lazy, or -EINVAL: it is the caller's to refuse. */
-static int entry_kind(const struct message *m, int *kind, int *lazy)
+static int entry_kind(const struct lz_message *m, int *kind, int *lazy)
 {
 	*lazy = 0;
 	if (!is_range(m))
@@ -409,7 +366,7 @@ static int entry_kind(const struct message *m, int *kind, int *lazy)
 	}
 }
 
-static int take_entry(struct lz_peer *peer, const struct message *m, int kind, int lazy)
+static int take_entry(struct lz_peer *peer, const struct lz_message *m, int kind, int lazy)
 {
 	int result = 0;
 
@@ -472,7 +429,7 @@ static int take_data(struct lz_peer *peer)
 /* Work on the message in head: 0: done; else an event or -errno. */
 static int take_message(struct lz_peer *peer)
 {
-	struct message m = decode(peer);
+	struct lz_message m = decode(peer);
 	int kind, lazy;
 
 	if (m.command == PS_GET && !(m.flags & ~PE_LAZYD) && is_range(&m)) {

@@ -37,7 +37,8 @@ lazyd [lazy-pages] -D DIR [options]   serve the memory of a restore; beside `cri
        lazyd pre-dump --pid PID -D DIR       the same, while it goes on, to dump only changes later
        lazyd restore -D DIR                  build a dumped process again and serve it (lazyd restore --help)
        lazyd rewind --pid PID -D DIR         put a live process back to its own checkpoint
-       lazyd page-server -D DIR --port N     take dumps, or give out pages (lazyd page-server --help)"""
+       lazyd page-server -D DIR --port N     take dumps, or give out pages (lazyd page-server --help)
+       lazyd migrate …                       move a process to another host (lazyd migrate --help)"""
 _LAST_STANDARD_STREAM = 2
 _DEFAULT_VERBOSITY = 3
 
@@ -252,11 +253,12 @@ def _page_server(given: argparse.Namespace) -> PageServer | None:
 _DUMPING = ("dump", "pre-dump")
 _RESTORING = ("restore", "rewind")
 _SERVING = "page-server"
-_WITH_OWN_OPTIONS = (*_DUMPING, *_RESTORING, _SERVING)
+_MIGRATING = "migrate"
+_WITH_OWN_OPTIONS = (*_DUMPING, *_RESTORING, _SERVING, _MIGRATING)
 
 
 class _Verb(Enum):
-    """The first word, and what it starts. Those that have options of their own are in cli_dump, -_restore, -_serve."""
+    """The first word, and what it starts. Those with options of their own are in cli_dump, cli_restore and so on."""
 
     LAZY_PAGES = "lazy-pages"
     SHOW = "show"
@@ -283,6 +285,10 @@ def _run(arguments: Sequence[str]) -> int:
         from lazyd import cli_serve  # noqa: PLC0415  see the head of this module
 
         return cli_serve.run(arguments)
+    if arguments and arguments[0] == _MIGRATING:
+        from lazyd import cli_migrate  # noqa: PLC0415  see the head of this module
+
+        return cli_migrate.run(arguments)
     given = parse(arguments)
     if given.version:
         from lazyd.report import version  # noqa: PLC0415

@@ -375,7 +375,8 @@ class ClientParser(_Parser):
         if content is None:
             return None
         message = self._decode(content, self.header)
-        if message.command is not Command.ADD_F or not message.flags & (Flags.PRESENT | Flags.LAZYD):
+        answers = message.command is Command.ADD_F and message.flags & (Flags.PRESENT | Flags.LAZYD)
+        if not answers or message.flags & Flags.PARENT:
             raise self._error(f"{message.command.name} ({message.flags!r}) where pages were asked for")
         self._awaited.popleft()
         self._data_left = message.data_bytes

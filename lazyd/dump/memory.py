@@ -140,7 +140,8 @@ class MemoryDump:
 
     def is_worth_early(self, pid: int, threads: int) -> bool:
         """Say whether a prepared task has so much memory that the task stands for less time if it is copied early."""
-        return self._resident[pid] >= EARLY_BYTES + threads * EARLY_BYTES_A_THREAD
+        is_much = self._resident[pid] >= EARLY_BYTES + threads * EARLY_BYTES_A_THREAD
+        return is_much and self._prepared[pid].takes_early
 
     def copy_early(self, pid: int, areas: Sequence[Area], tracker: Tracker, pause: Callable[[], None]) -> bool:
         """Copy a prepared task's private memory while it runs; say whether that was done.
@@ -166,10 +167,12 @@ class MemoryDump:
                     written = PagePipe()
                     scanner.scan(private, written, tracker.track)
                     transfer.reserve_late(written.dumped_bytes + written.dumped_bytes // 4)
+        except SystemCallError:
+            pass  # it has other memory by now, by exec, or none: dump() finds out
         finally:
             if pid not in self._early:
                 tracker.has_baseline = False  # it knows of writes since now, not since any images
-        return True
+        return pid in self._early
 
     def look(self, pid: int, areas: Sequence[Area], tracker: Tracker | None = None) -> Looked:
         """Begin to look at a stopped task's pages; finish_look() does the rest. Areas and tracker as for dump().

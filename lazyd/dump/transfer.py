@@ -59,6 +59,9 @@ class MemoryImage(NamedTuple):
 class Transfer(abc.ABC):
     """One image of memory on its way."""
 
+    takes_early = False
+    """Whether write_early() does anything."""
+
     def __init__(self, image: MemoryImage) -> None:
         self.image = image
 
@@ -73,7 +76,7 @@ class Transfer(abc.ABC):
         """Say whether the destination has a parent of this image."""
 
     def write_early(self, pipe: PagePipe, pid: int, progress: Progress) -> bool:
-        """Take pages of a task while it runs; False if that is not to be. DumpError if the dump was cancelled."""
+        """Take pages of a task while it runs; False if that cannot be. DumpError if the dump was cancelled."""
         return False
 
     def reserve_late(self, expected_bytes: int) -> None:  # noqa: B027  nothing to do where nothing is taken early
@@ -171,6 +174,7 @@ class LocalTransfer(Transfer):
     """One pagemap and its pages image in a directory in the making."""
 
     threads = 1
+    takes_early = True
 
     def __init__(
         self,

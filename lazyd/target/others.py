@@ -3,7 +3,8 @@
 
 Facts: clone(2) lets any two processes share their memory, descriptors, directories or handlers of signals, whoever is
 the parent of whom by now; kcmp(2) tells, thread by thread. Only clone makes new sharers, and it numbers them upwards:
-a process that was there when nothing was shared shares nothing later.
+a process that was there when nothing was shared shares nothing later. Of two that have no memory at all, one that ends
+and one of the kernel's, say, kcmp tells that it is the same.
 
 What follows: a sharer that runs while the task is stopped goes on to write to its memory, or to move its files. So all
 threads of the machine are asked before anything is stopped. Once the tasks are stopped, those that are new are asked
@@ -19,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lazyd.target.descriptors import KCMP_FILES, KCMP_FS, KCMP_SIGHAND, KCMP_VM, shares_with_any
+from lazyd.target.process import stat_fields
 from lazyd.target.survey import Problem
 from lazyd.target.tracing import status_fields, thread_ids
 
@@ -37,6 +39,7 @@ class Others:
         self._pids = pids
         self._threads: dict[int, list[int]] = {}
         """Of each process, the threads that were asked; of one that has ended but for some threads, those."""
+        self._programs = {pid: _program(pid) for pid in pids}
 
     def find(self) -> list[Problem]:
         """Say, while the tasks run, whom they trace and who shares what with them."""
@@ -57,8 +60,10 @@ class Others:
     def find_again(self) -> list[Problem]:
         """Say who shares anything with the tasks now; they are stopped, and find() has found nothing."""
         problems: list[Problem] = []
+        # A leading thread that another one's exec has replaced had nothing any more to be compared.
+        are_same = all(_program(pid) == program for pid, program in self._programs.items())
         for pid in _processes():
-            if threads := self._threads.get(pid):
+            if (threads := self._threads.get(pid)) and are_same:
                 problems += self._find_shared(pid, threads, (KCMP_VM,))
             else:
                 problems += self._find_shared(pid, thread_ids(pid), tuple(_SHARED))
@@ -69,8 +74,23 @@ class Others:
             if pid == other or (other in self._pids and other < pid):
                 continue  # two of the tasks are compared once
             for kind in kinds:
-                if shares_with_any(pid, threads, kind):
+                if shares_with_any(pid, threads, kind) and _has_memory(pid) and any(map(_has_memory, threads)):
                     yield Problem(_SHARED[kind], f"shared with process {other} ({_name(other)}) (vfork or clone)")
+
+
+def _has_memory(tid: int) -> bool:
+    """Say whether a thread has memory of a user's: what ends, or is the kernel's own, has no memory in common."""
+    with suppress(OSError):
+        return "VmSize" in status_fields(tid)
+    return False
+
+
+def _program(pid: int) -> list[str]:
+    """Return what exec makes anew, at random places: where code, stack and heap start (proc(5), stat)."""
+    with suppress(OSError):
+        fields = stat_fields(pid)
+        return [fields[number - 3] for number in (26, 28, 47)]
+    return []
 
 
 def _processes() -> Iterator[int]:

@@ -11,6 +11,7 @@ then it is quick: `Survey` keeps what does not change.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -128,8 +129,15 @@ class Survey:
         except (FileNotFoundError, ProcessLookupError):
             return None
         except PermissionError as error:
+            # What ends, because another thread of its task executes a program, may not be looked at either.
+            if not _has_memory(self.pid):
+                return None
             what = f": {error.filename}" if error.filename else ""
             raise DumpError(f"process {self.pid}: no permission to look at it{what}; run as root") from None
+        except OSError as error:
+            if error.errno != errno.EBADF:  # its descriptors are gone already
+                raise
+            return None
         return Look(mappings, descriptors, problems)
 
     def _of_task(self) -> list[Problem]:
@@ -229,6 +237,13 @@ def refuse(pid: int, problems: list[Problem]) -> None:
     raise DumpError(
         f"process {pid} ({_name(pid)}) has what `lazyd dump` cannot keep; `criu dump` may:{listed}\nit goes on unharmed"
     )
+
+
+def _has_memory(pid: int) -> bool:
+    """Say whether the leading thread of a process still has the memory that it shares with the others."""
+    with suppress(OSError):
+        return "VmSize" in status_fields(pid)
+    return False
 
 
 def has_ended(pid: int) -> bool:

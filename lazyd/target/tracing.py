@@ -76,6 +76,7 @@ SYS_RESTART_SYSCALL = 219
 STOP_TIMEOUT_S = 5.0
 _UNINTERRUPTIBLE_S = 1.0
 _LONGEST_PAUSE_S = 1e-3
+_SEIZE_TRIES = 50
 _STOP_SIGNALS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 _SIGINFO_BYTES = 128
 _XSTATE_BYTES = 16384  # more than AVX-512 and AMX take
@@ -416,19 +417,30 @@ class StoppedTask:
             )
 
     def _seize(self, tid: int) -> Thread | None:
-        try:
-            thread = Thread(tid)
-        except ProcessLookupError:
-            return None
-        except OSError as error:
-            if error.errno == errno.EPERM and (tracer := tracer_of(tid)):
-                raise DumpError(f"process {self.pid} is traced by process {tracer}; end that first") from None
-            if error.errno == errno.EPERM and state_of(tid) in "ZX":
+        for _ in range(_SEIZE_TRIES):
+            try:
+                thread = Thread(tid)
+                break
+            except ProcessLookupError:
                 return None
-            hint = "no permission to trace it; run as root or with CAP_SYS_PTRACE"
-            raise SystemCallError("PTRACE_SEIZE", error.errno or 0, path=f"process {self.pid}", hint=hint) from None
+            except OSError as failed:
+                error = failed
+            if error.errno != errno.EPERM:
+                raise self._cannot_seize(error) from None
+            if tracer := tracer_of(tid):
+                raise DumpError(f"process {self.pid} is traced by process {tracer}; end that first")
+            if state_of(tid) in "ZX":
+                return None
+            # A thread that is about to end is refused so, too: another one's exec ends it, and may take its id.
+            time.sleep(_LONGEST_PAUSE_S)
+        else:
+            raise self._cannot_seize(error) from None
         thread.is_leader = tid == self.pid
         return thread
+
+    def _cannot_seize(self, error: OSError) -> SystemCallError:
+        hint = "no permission to trace it; run as root or with CAP_SYS_PTRACE"
+        return SystemCallError("PTRACE_SEIZE", error.errno or 0, path=f"process {self.pid}", hint=hint)
 
     @property
     def leader(self) -> Thread:

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lazyd.uffd._engine import ffi, lib
 
 from lazyd.errors import ProtocolError
 from lazyd.wire import ClientParser, Command, Data, Flags, HeaderSize, Message, ServerParser, encode, image_id
@@ -92,3 +94,45 @@ def test_noise_is_consumed_or_refused(content):
             if parser.next_event() is None:
                 assert parser.buffered < HeaderSize.WIDE
                 break
+
+
+ASKED = Message(Command.GET, 0x400000, 8, 1234)
+
+
+@st.composite
+def answer_headers(draw):
+    """Headers of answers to ASKED: each field right most of the time, or what a wrong server might put there."""
+    header = draw(st.sampled_from(list(HeaderSize)))
+    word = draw(st.sampled_from([6, 6, 6, 7, 0x1024, 0xFFFF]))
+    flags = draw(st.one_of(st.sampled_from([4, 4, 6, 0x8004, 0x8000, 0x8002]), st.integers(0, 0xFFFF)))
+    count = draw(st.one_of(st.integers(1, 8), st.sampled_from([0, 9, (1 << 32) - 1]), st.integers(0, (1 << 32) - 1)))
+    address = draw(st.sampled_from([0x400000, 0x400000, 0x400000, 0x401000, 0x400001, 0, (1 << 64) - 4096]))
+    pid = draw(st.sampled_from([1234, 1234, 1234, 1235, 0, (1 << 32) + 1234, (1 << 64) - 1]))
+    layout = struct.Struct("<IIQQ") if header is HeaderSize.NARROW else struct.Struct("<I4xQQQ")
+    return header, layout.pack(word | flags << 16, count, address, pid)
+
+
+@SETTINGS
+@given(answer_headers())
+def test_c_takes_an_answer_as_the_parser_does(answer):
+    """The one that moves pages, in C, and the one that says what the protocol is, in Python, agree on every header."""
+    header, content = answer
+    question = ffi.new("struct lz_question *", (ASKED.address, ASKED.pages, ASKED.destination))
+    found = ffi.new("struct lz_answer *")
+    reason = lib.lz_answer_read(ffi.from_buffer("uint8_t[]", content), header, question, found)
+    parser = ClientParser("server", header)
+    parser.send(ASKED)
+    parser.feed(content)
+    try:
+        message = parser.next_event()
+    except ProtocolError:
+        assert reason
+        return
+    assert isinstance(message, Message)
+    is_right = message[1:4] == (ASKED.address, min(message.pages, ASKED.pages), ASKED.destination)
+    assert (reason == 0) is is_right
+    if is_right:
+        kinds = {0: lib.LZ_ANSWER_ZEROS, Flags.LAZY: lib.LZ_ANSWER_NOTHING}
+        kind = lib.LZ_ANSWER_BYTES if message.flags & Flags.PRESENT else kinds[message.flags & Flags.LAZY]
+        assert (found.kind, found.pages) == (kind, message.pages)
+        assert bool(found.speaks_lazyd) is bool(message.flags & Flags.LAZYD)

@@ -13,6 +13,7 @@ import errno
 import os
 import pickle
 import signal
+import socket
 import stat
 import struct
 import subprocess
@@ -24,10 +25,12 @@ from pathlib import Path
 import pages_victim as pv
 import pytest
 from dump_harness import dump, read_back
-from kernel_harness import Dying, layout, wait_until
+from kernel_harness import layout, wait_until
 from pages_victim import BASE, PAGE, Victim
+from process_harness import Dying
 from test_dump_chains import FORMS
 from test_dump_chains import start as start_model
+from test_dump_verb import EXECS
 
 from lazyd.dump.core import Track, track_method
 from lazyd.image.verify import verify
@@ -247,6 +250,27 @@ def test_reads_past_the_page_cache_that_are_on_their_way(tmp_path):
             process.wait()
 
 
+def test_a_task_that_executes_itself_all_the_time(tmp_path):
+    """The memory that was copied, and whose writes are tracked, is gone again and again."""
+    source, program = tmp_path / "execs.c", str(tmp_path / "execs")
+    source.write_text(EXECS)
+    subprocess.run(["gcc", "-O2", "-o", program, str(source)], check=True)
+    null = subprocess.DEVNULL
+    process = subprocess.Popen([program, program], stdin=null, stdout=null, stderr=null, start_new_session=True)
+    try:
+        for number in range(4):
+            images = tmp_path / f"images{number}"
+            run = early("dump", "--pid", process.pid, "-D", images, "--leave-running", kept=tmp_path / "kept")
+            if run.returncode:
+                assert "changes faster than it can be looked at" in run.stderr
+            else:
+                assert check(process.pid, images, tmp_path / "kept") > 1
+            assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_who_tracks_already_is_left_alone(start, tmp_path):
     """A dump with no parent in between changes nothing of what the next one on top of the first knows."""
     victim = start("registers", "memory")
@@ -269,6 +293,14 @@ from lazyd import cli
 """
 
 
+NEVER_ARMED = """
+def arm(*_):
+    raise SystemExit("armed")
+memory.Tracker.arm = arm
+from lazyd import cli
+"""
+
+
 def test_what_is_early_is_of_no_parent(start, tmp_path):
     """Where the early copy comes to nothing, its tracking says nothing about the parent's images."""
     victim = start("registers", "memory")
@@ -280,6 +312,26 @@ def test_what_is_early_is_of_no_parent(start, tmp_path):
     assert run.returncode == 0, run.stderr
     assert "in the parent" not in run.stderr
     assert check(victim.pid, second, tmp_path / "kept") > 100
+    assert victim.finish() == "ok\n"
+
+
+def test_what_goes_to_a_page_server_is_not_copied_early(start, tmp_path):
+    """It goes through one stream in order: nothing is tracked for what could not be sent."""
+    victim = start("registers", "memory")
+    program = EARLY.replace("from lazyd import cli", NEVER_ARMED)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(30)
+        to = ["--page-server", "--address", "127.0.0.1", "--port", server.getsockname()[1]]
+        words = [sys.executable, "-c", program, "dump", "--pid", victim.pid, "-D", tmp_path / "images", *to]
+        with subprocess.Popen([*map(str, words)], stderr=subprocess.PIPE, text=True) as process:
+            connection, _ = server.accept()
+            assert len(connection.recv(24)) == 24  # OPEN2
+            connection.sendall(b"\0")
+            connection.recv(1)
+            connection.close()
+            _, said = process.communicate(timeout=30)
+    assert said.startswith("127.0.0.1:"), "the connection it was, that ended it"
+    assert "armed" not in said
     assert victim.finish() == "ok\n"
 
 

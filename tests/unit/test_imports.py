@@ -20,9 +20,9 @@ ROOT = Path(lazyd.__file__).parent
 LEVELS = [
     {"__main__"},
     {"cli"},
-    {"cli_dump", "cli_restore", "cli_serve"},
+    {"cli_dump", "cli_migrate", "cli_restore", "cli_serve"},
     {"arguments"},
-    {"daemon"},
+    {"daemon", "migrate"},
     {"session"},
     {"keeper", "uffd", "source", "target", "dump", "restore", "report", "restore_socket", "serve", "net"},
     {"image", "tcp", "tls", "wire"},

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: MIT
+"""The destination of a migration: takes the images, has lazyd serve, and criu restore the tasks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lazyd.errors import LazydError, ProtocolError, RestoreError, UsageError
+from lazyd.migrate.conversation import VERSION, Conversation
+from lazyd.report import Log, human_seconds
+from lazyd.tcp import Peer, listen, prepare
+from lazyd.tls.settings import Files
+from lazyd.tuples import NamedTuple
+from lazyd.units import human_bytes
+
+if TYPE_CHECKING:
+    from lazyd.tls.handshake import Endpoint
+
+_HELLO_S = 20.0
+_IMAGES_S = 600.0
+_ENDS_S, _LAST_WORDS_S = 0.5, 10.0
+
+
+class Settings(NamedTuple):
+    """Where to listen, where images go, and how to restore."""
+
+    host: str
+    port: int
+    images: Path
+    criu: str = "criu"
+    criu_options: Sequence[str] = ()
+    lazyd_options: Sequence[str] = ()
+    tls: Files | None = None
+    pidfile: Path | None = None
+
+
+def receive(settings: Settings, log: Log) -> int:
+    """Take one migration; return 0 once all memory is there."""
+    images = settings.images.absolute()
+    images.mkdir(exist_ok=True)
+    if any(images.iterdir()):
+        raise UsageError(f"{settings.images}: not empty: a migration's images go into a directory of their own")
+    endpoint = None
+    if settings.tls is not None:
+        from lazyd.tls.handshake import Endpoint, Side  # noqa: PLC0415  ssl takes its time
+
+        endpoint = Endpoint(settings.tls, Side.SERVER)
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(listen(settings.host, settings.port))
+        host, port = listener.getsockname()[:2]
+        log.message(f"waiting for a migration on {host}:{port}")
+        while True:
+            try:
+                control, link = _take_callers(listener, endpoint, stack, log)
+                break
+            except LazydError as error:
+                log.error(f"{error}; waiting for another")
+        listener.close()
+        return _Migration(settings._replace(images=images), log, control, link).run()
+
+
+def _take_callers(
+    listener: socket.socket, endpoint: Endpoint | None, stack: contextlib.ExitStack, log: Log
+) -> tuple[Conversation, socket.socket]:
+    """Return the two connections of one source: what it says on, and that for pages."""
+
+    def accept() -> Conversation:
+        connection, (host, *_) = listener.accept()
+        stack.callback(connection.close)
+        prepare(connection, Peer.MAY_PAUSE)
+        if endpoint is not None:
+            connection = stack.enter_context(endpoint.open(connection, host)).plain
+        return Conversation(connection, host)
+
+    listener.settimeout(None)
+    control = accept()
+    hello = control.hear("hello", timeout_s=_HELLO_S)
+    if hello.values.get("version") != VERSION:
+        control.say("failed", reason=f"its lazyd speaks version {VERSION}, not {hello.values.get('version')}")
+        raise ProtocolError(control.peer, f"speaks version {hello.values.get('version')}, not {VERSION}")
+    control.say("welcome")
+    listener.settimeout(_HELLO_S)
+    try:
+        link = accept()
+    except TimeoutError as error:
+        raise ProtocolError(control.peer, f"makes no second connection for {_HELLO_S:g} s") from error
+    pages = link.hear("pages", timeout_s=_HELLO_S)
+    if pages.values.get("token") != hello.values.get("token"):
+        raise ProtocolError(link.peer, "is not the source that is being talked to")
+    control.say("linked")
+    log.info(f"{control.peer} has something to migrate")
+    return control, link.stream
+
+
+class _Migration:
+    def __init__(self, settings: Settings, log: Log, control: Conversation, link: socket.socket) -> None:
+        self._settings, self._log, self._control, self._link = settings, log, control, link
+        self._images = settings.images
+        self._statistics = self._images / "lazyd-stats.json"
+        self._daemon: subprocess.Popen[bytes] | None = None
+
+    def run(self) -> int:
+        """Do all steps; return 0 once all memory is there."""
+        count, total = self._take_images()
+        self._log.info(f"{count} images, {human_bytes(total)}")
+        try:
+            self._start_daemon()
+            self._control.say("restoring")
+            self._control.hear("go", timeout_s=_HELLO_S)
+            begun = time.monotonic()
+            pid = self._restore()
+        except LazydError as error:
+            # What serves sees that the restore has failed, and parts from the source so that the task goes on there.
+            self._end_daemon()
+            with contextlib.suppress(LazydError):
+                self._control.say("failed", reason=str(error))
+            raise
+        self._log.message(f"running: process {pid}, restored in {human_seconds(time.monotonic() - begun)}")
+        with contextlib.suppress(LazydError):  # whoever is not there any more has its connection for pages
+            self._control.say("running", pid=pid)
+        return self._wait()
+
+    def _take_images(self) -> tuple[int, int]:
+        count = total = 0
+        while True:
+            said = self._control.hear("file", "images", timeout_s=_IMAGES_S)
+            if said.word == "images":
+                return count, total
+            total += self._control.hear_file(said, self._images)
+            count += 1
+
+    def _start_daemon(self) -> None:
+        """Start what serves the memory; return once it listens."""
+        reading, writing = os.pipe()
+        numbers = (self._link.fileno(), writing)
+        self._link.settimeout(None)
+        words = [sys.executable, "-m", "lazyd", "lazy-pages", "-D", str(self._images), "--no-progress"]
+        words += ["--page-server", "--ps-socket", str(numbers[0]), "--status-fd", str(writing)]
+        words += ["-o", "lazy-pages.log", "--stats", str(self._statistics), *self._settings.lazyd_options]
+        # Its errors, and only those, go where ours go.
+        self._daemon = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=numbers,
+            start_new_session=True,  # what interrupts us is passed on
+        )
+        os.close(writing)
+        try:
+            is_listening = os.read(reading, 1)
+        finally:
+            os.close(reading)
+        if not is_listening:
+            self._daemon.wait()
+            raise RestoreError(f"lazyd lazy-pages: {self._last_line('lazy-pages.log')}")
+
+    def _restore(self) -> int:
+        """Have criu restore the tasks; return the first one's pid. RestoreError: none of them has run."""
+        pidfile = self._settings.pidfile or self._images / "restored.pid"
+        words = [self._settings.criu, "restore", "--images-dir", str(self._images), "--lazy-pages"]
+        words += ["--restore-detached", "--pidfile", str(pidfile.absolute()), "--log-file", "restore.log", "-v2"]
+        # Its tasks may keep what it was given for output open for ever: a file, no pipe.
+        with (self._images / "restore.out").open("wb") as out:
+            try:
+                code = subprocess.run(
+                    [*words, *self._settings.criu_options],
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    check=False,
+                ).returncode
+            except OSError as error:
+                reason = (error.strerror or str(error)).lower()
+                raise RestoreError(f"{self._settings.criu}: cannot be started: {reason} (--criu names it)") from error
+        if code:
+            raise RestoreError(f"criu restore: {self._last_error()}")
+        return int(pidfile.read_text())
+
+    def _wait(self) -> int:
+        """Wait until all memory is there; tell both sides."""
+        assert self._daemon is not None
+        daemon = self._daemon
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: daemon.send_signal(number))
+        code = daemon.wait()
+        if code:
+            reason = f"not all memory has come: {self._last_line('lazy-pages.log')}"
+            with contextlib.suppress(LazydError):
+                self._control.say("lost", reason=reason)
+            self._log.error(reason)
+            return 1
+        statistics = json.loads(self._statistics.read_text())
+        summary = summary_lines(statistics)
+        for line in summary:
+            self._log.message(line)
+        with contextlib.suppress(LazydError):
+            self._control.say("full", summary=summary)
+        return 0
+
+    def _end_daemon(self) -> None:
+        """See what serves end: by itself where it has heard of a restore that failed, else it is told to."""
+        if self._daemon is None:
+            return
+        for patience_s, end in ((_ENDS_S, self._daemon.terminate), (_LAST_WORDS_S, self._daemon.kill)):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._daemon.wait(patience_s)
+                return
+            end()
+        self._daemon.wait()
+
+    def _last_error(self) -> str:
+        """Return the last error in criu's log."""
+        with contextlib.suppress(OSError):
+            lines = (self._images / "restore.log").read_text(errors="replace").splitlines()
+            errors = [line.split("Error ", 1)[1] for line in lines if "Error " in line and "FAILED" not in line]
+            if errors:
+                return errors[-1]
+        return self._last_line("restore.out") or "it failed"
+
+    def _last_line(self, name: str) -> str:
+        with contextlib.suppress(OSError):
+            lines = (self._images / name).read_text(errors="replace").split("\n")
+            return next((line for line in reversed(lines) if line.strip()), "")
+        return ""
+
+
+def summary_lines(statistics: dict[str, Any]) -> list[str]:
+    """Say what a migration took, as both sides tell it."""
+    seconds, faults, server = statistics["seconds"], statistics["faults"], statistics["page_server"]
+    full = seconds["full"] - seconds["restored"]
+    latency = ""
+    if faults["count"]:
+        latency = f", p50 {human_seconds(faults['p50_ns'] / 1e9)}, p99 {human_seconds(faults['p99_ns'] / 1e9)}"
+    return [
+        f"full {human_seconds(full)} after that",
+        f"faults: {faults['count']}{latency}",
+        f"pages: {human_bytes(server['bytes'])} in {server['requests']} requests, "
+        f"round trip {human_seconds(server['round_trip_ns'] / 1e9)}",
+    ]

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: MIT
+"""Stands between the dumper and the link: pages and requests go through, the link's end does not.
+
+Kernel facts (socket(7), tcp(7)): a TCP socket with SO_LINGER of no time is reset when it is closed, also by the end of
+its process; without, its peer sees an end of input. What either means to the dumper is in this package's head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import struct
+import threading
+
+_PIPE_BYTES = 1 << 20
+_NO_TIME, _ANY_TIME = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
+
+
+class Guard:
+    """Two threads that move bytes. The link is somebody else's."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self._link = link
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self._inner = socket.create_connection(listener.getsockname())
+            self.for_dumper, address = listener.accept()
+            if address != self._inner.getsockname():  # somebody else was faster
+                raise ConnectionAbortedError("another program connected to the dumper's port")
+        for one in (self._inner, self.for_dumper):
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.holds = False
+        self._has_ended = False
+        self.let_go_at_end()
+        link.settimeout(None)
+        self.link_ended = threading.Event()
+        """The destination, or the link, is gone."""
+        self._threads = [
+            threading.Thread(target=self._pass_pages, daemon=True),
+            threading.Thread(target=self._pass_requests, daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Begin to move bytes, once the dumper has its end."""
+        self.for_dumper.close()
+        for thread in self._threads:
+            thread.start()
+
+    def let_go_at_end(self) -> None:
+        """Have the source's task go on, should this process end."""
+        self.holds = False
+        self._inner.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_TIME)
+
+    def hold_at_end(self) -> None:
+        """Have the source's task never go on, whatever happens to this process."""
+        self.holds = True
+        self._inner.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ANY_TIME)
+
+    def end(self) -> None:
+        """End the dumper's connection in the way that was said last; a second call does nothing."""
+        if self._has_ended:
+            return
+        self._has_ended = True
+        # A thread in a system call holds the socket open: shutting down what it reads wakes it.
+        with contextlib.suppress(OSError):
+            self._link.shutdown(socket.SHUT_RDWR)
+        if self.holds:
+            with contextlib.suppress(OSError):
+                self._inner.shutdown(socket.SHUT_RDWR)
+        else:
+            _reset(self._inner)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+        self._inner.close()
+        self.for_dumper.close()
+
+    def _pass_pages(self) -> None:
+        self._pass_on(self._inner, self._link)
+        with contextlib.suppress(OSError):  # the dumper's end is no secret
+            self._link.shutdown(socket.SHUT_WR)
+
+    def _pass_requests(self) -> None:
+        self._pass_on(self._link, self._inner)
+        self.link_ended.set()
+
+    @staticmethod
+    def _pass_on(one: socket.socket, other: socket.socket) -> None:
+        """Move bytes until there are no more; their end is not passed on."""
+        reading, writing = os.pipe()
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+            while left := os.splice(one.fileno(), writing, _PIPE_BYTES):
+                while left:
+                    left -= os.splice(reading, other.fileno(), left)
+        except OSError:
+            pass
+        finally:
+            os.close(reading)
+            os.close(writing)
+
+
+def _reset(connection: socket.socket) -> None:
+    """Reset a connection now, whoever is in a system call on it: what connecting it to nobody does (connect(2))."""
+    import ctypes  # noqa: PLC0415  Python's connect has no such address
+
+    nobody = struct.pack("H14x", socket.AF_UNSPEC)
+    ctypes.CDLL(None).connect(connection.fileno(), nobody, len(nobody))

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: MIT
+"""The source of a migration: has criu dump the task, sends the small images, and guards it until its copy is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lazyd.errors import DumpError, ProtocolError
+from lazyd.migrate.conversation import VERSION, Conversation, Said
+from lazyd.migrate.guard import Guard
+from lazyd.report import Log, human_seconds
+from lazyd.tcp import Peer, connect
+from lazyd.tls.settings import Files
+from lazyd.tuples import NamedTuple
+from lazyd.units import human_bytes
+
+_ANSWER_S = 20.0
+_RESTORE_S = 600.0
+_DUMPER_S = 30.0
+_LOOK_S = 0.5
+_LAST_WORDS_S = 5.0
+
+
+class Settings(NamedTuple):
+    """What is migrated, where to, and how."""
+
+    pid: int
+    host: str
+    port: int
+    criu: str = "criu"
+    criu_options: Sequence[str] = ()
+    tls: Files | None = None
+
+
+def migrate(settings: Settings, log: Log) -> int:
+    """Migrate a task tree; return 0 once its copy has all of its memory. LazydError: it goes on here, as it was."""
+    if not Path(f"/proc/{settings.pid}").exists():
+        raise DumpError(f"process {settings.pid}: no such process")
+    with contextlib.ExitStack() as stack:
+        connect_once = _connector(settings, stack)
+        peer = f"{settings.host}:{settings.port}"
+        control = Conversation(connect_once(), peer)
+        token = secrets.token_hex(16)
+        control.say("hello", version=VERSION, token=token)
+        control.hear("welcome", timeout_s=_ANSWER_S)
+        link = connect_once()
+        Conversation(link, peer).say("pages", token=token)
+        control.hear("linked", timeout_s=_ANSWER_S)
+        folder = Path(tempfile.mkdtemp(prefix="lazyd-migrate-"))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        guard = Guard(link)
+        stack.callback(guard.end)
+        migration = _Migration(settings, log, control, guard, folder)
+        try:
+            return migration.run()
+        finally:
+            migration.end_dumper()
+
+
+def _connector(settings: Settings, stack: contextlib.ExitStack) -> Callable[[], socket.socket]:
+    """Return what connects to the destination: by TLS, if that is wanted."""
+    if settings.tls is None:
+        return lambda: stack.enter_context(connect(settings.host, settings.port, Peer.MAY_PAUSE))
+    from lazyd.tls.handshake import Endpoint, Side  # noqa: PLC0415  ssl takes its time
+
+    endpoint = Endpoint(settings.tls, Side.CLIENT)
+
+    def open_tunnel() -> socket.socket:
+        connection = connect(settings.host, settings.port, Peer.MAY_PAUSE)
+        tunnel = stack.enter_context(endpoint.open(connection, settings.host, peer=f"{settings.host}:{settings.port}"))
+        return tunnel.plain
+
+    return open_tunnel
+
+
+class _Migration:
+    def __init__(self, settings: Settings, log: Log, control: Conversation, guard: Guard, folder: Path) -> None:
+        self._settings, self._log, self._control = settings, log, control
+        self._guard, self._folder = guard, folder
+        self._dumper: subprocess.Popen[bytes] | None = None
+        self._begun = 0.0
+
+    def run(self) -> int:
+        """Do all steps; LazydError if it failed and the task goes on."""
+        self._dump()
+        self._send_images()
+        self._control.hear("restoring", timeout_s=_RESTORE_S)
+        self._guard.hold_at_end()
+        self._ignore_signals()
+        try:
+            self._control.say("go")
+            said = self._control.hear("running", "failed", timeout_s=_RESTORE_S)
+            if said.word == "running":
+                stopped = human_seconds(time.monotonic() - self._begun)
+                self._log.message(f"running at {self._control.peer}; it was stopped for {stopped} at most")
+                said = self._hear_ending()
+        except Exception as error:
+            return self._hold(str(error))
+        if said.word == "full":
+            return self._finish(said)
+        if said.word == "lost":
+            return self._hold(f"{self._control.peer}: {said.values.get('reason')}")
+        self._guard.let_go_at_end()
+        raise ProtocolError(self._control.peer, f"{said.values.get('reason')}; the task goes on here")
+
+    def _hear_ending(self) -> Said:
+        """Return what the destination says last; ProtocolError too if pages cannot get there any more."""
+        silent_since = 0.0
+        while not select.select([self._control.stream], [], [], _LOOK_S)[0]:
+            if not self._guard.link_ended.is_set():
+                continue
+            silent_since = silent_since or time.monotonic()
+            if time.monotonic() - silent_since > _LAST_WORDS_S:
+                raise ProtocolError(self._control.peer, "the connection for pages is gone, and not all have been sent")
+        return self._control.hear("full", "lost")
+
+    def _ignore_signals(self) -> None:
+        """Have nothing end this process, which would take from the copy what it still needs."""
+
+        def say(number: int, _: object) -> None:
+            name = signal.Signals(number).name
+            self._log.warning(f"{name}: not now, the copy at {self._control.peer} needs this process until it is full")
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, say)
+
+    def _dump(self) -> None:
+        """Start the dumper; return once it has the task stopped and serves its memory."""
+        reading, writing = os.pipe()
+        numbers = (self._guard.for_dumper.fileno(), writing)
+        words = [self._settings.criu, "dump", "--tree", str(self._settings.pid), "--images-dir", str(self._folder)]
+        # Address and port are for nothing beside a connection, but wanted.
+        words += ["--lazy-pages", "--ps-socket", str(numbers[0]), "--address", "127.0.0.1", "--port", "1"]
+        words += ["--status-fd", str(writing), "--log-file", "dump.log", "-v2", *self._settings.criu_options]
+        self._begun = time.monotonic()
+        try:
+            self._dumper = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=numbers,
+                start_new_session=True,  # what interrupts us is not for it
+            )
+        except OSError as error:
+            os.close(reading)
+            reason = (error.strerror or str(error)).lower()
+            raise DumpError(f"{self._settings.criu}: cannot be started: {reason} (--criu names it)") from error
+        finally:
+            os.close(writing)
+        self._guard.start()
+        try:
+            is_ready = os.read(reading, 1)
+        finally:
+            os.close(reading)
+        if not is_ready:
+            self._dumper.wait()
+            raise DumpError(f"process {self._settings.pid}: criu dump: {self._last_error()}; it goes on as it was")
+        self._log.info(
+            f"process {self._settings.pid} is stopped, after {human_seconds(time.monotonic() - self._begun)}"
+        )
+
+    def _last_error(self) -> str:
+        """Return the last error in criu's log."""
+        with contextlib.suppress(OSError):
+            lines = (self._folder / "dump.log").read_text(errors="replace").splitlines()
+            errors = [line.split("Error ", 1)[1] for line in lines if "Error " in line and "FAILED" not in line]
+            if errors:
+                return errors[-1]
+        return "it failed"
+
+    def _send_images(self) -> None:
+        begun, total, count = time.monotonic(), 0, 0
+        for path in sorted(self._folder.iterdir()):
+            if path.suffix != ".log" and path.is_file():
+                total += self._control.say_file(path)
+                count += 1
+        self._control.say("images", suite=self._settings.criu)
+        took = time.monotonic() - begun
+        self._log.info(f"{count} images sent, {human_bytes(total)} in {human_seconds(took)}")
+
+    def _hold(self, why: str) -> int:
+        """Keep the task stopped, since its copy has run, until somebody decides."""
+        pid = os.getpid()
+        self._log.error(
+            f"{why}; process {self._settings.pid} is held: kill -USR1 {pid} lets it go on (if its copy never "
+            f"will again), kill -TERM {pid} ends it"
+        )
+        decided = threading.Event()
+        wanted = []
+
+        def decide(number: int, _: object) -> None:
+            wanted.append(number)
+            decided.set()
+
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, decide)
+        while not decided.wait(0.5):
+            if self._dumper is not None and (code := self._dumper.poll()) is not None:
+                what = "its copy has all pages" if not code else self._last_error()
+                self._log.message(f"criu dump has ended with {code}: {what}")
+                return 1 if code else 0
+        if wanted[0] == signal.SIGUSR1:
+            self._guard.let_go_at_end()
+            self._log.message(f"process {self._settings.pid} goes on here")
+        else:
+            self._log.message(f"process {self._settings.pid} is ended")
+        return 1
+
+    def _finish(self, said: Said) -> int:
+        assert self._dumper is not None
+        try:
+            code = self._dumper.wait(_DUMPER_S)
+        except subprocess.TimeoutExpired:
+            return self._hold("criu dump does not end, though all pages have been sent")
+        if code:
+            self._log.error(f"criu dump ended with {code}, though all pages were sent: {self._last_error()}")
+            return 1
+        for line in said.values.get("summary", []):
+            self._log.message(str(line))
+        return 0
+
+    def end_dumper(self) -> None:
+        """See the dumper end, in the way that the guard says: the task goes on, or ends."""
+        if self._dumper is None:
+            return
+        self._guard.end()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._dumper.wait(_DUMPER_S)
