@@ -22,6 +22,9 @@ def _make_parser() -> Parser:
     source = parser.add_argument_group("at the source")
     source.add_argument("-t", "--pid", metavar="PID", type=count, help="the process; its children go with it")
     source.add_argument("--to", metavar="HOST:PORT", help="where the destination listens")
+    source.add_argument(
+        "--unlock-source", action="store_true", help="remove criu's nftables lock at the end: the address has moved"
+    )
     destination = parser.add_argument_group("at the destination")
     destination.add_argument(
         "--listen", metavar="[HOST:]PORT", help="listen there (127.0.0.1); port 0: any, see the log"
@@ -71,11 +74,20 @@ def run(arguments: Sequence[str]) -> int:
 
         host, port = _address(given.to, "--to")
         return source.migrate(
-            source.Settings(given.pid, host, port, given.criu, options, files_of(given)),
+            source.Settings(
+                given.pid,
+                host,
+                port,
+                given.criu,
+                options,
+                files_of(given),
+                locks_by_nftables=given.network_lock == "nftables",
+                unlocks=given.unlock_source,
+            ),
             log,
         )
-    if given.pid is not None:
-        raise UsageError("lazyd migrate: --pid is for the source")
+    if given.pid is not None or given.unlock_source:
+        raise UsageError("lazyd migrate: --pid and --unlock-source are for the source")
     if given.images_dir is None:
         raise UsageError("lazyd migrate: where do images go? -D DIR is needed")
     from lazyd.migrate import destination  # noqa: PLC0415  users of other verbs do not wait for it

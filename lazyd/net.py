@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Hosts on one machine: network namespaces joined by pairs of virtual Ethernet devices. The only user of pyroute2.
+"""Hosts on one machine: network namespaces joined by pairs of virtual Ethernet devices; and tables of nftables.
+
+The only user of pyroute2.
 
     with Network() as network:
         source, destination = network.host("source"), network.host("destination")
@@ -185,6 +187,30 @@ def has_netem() -> bool:
     with Network() as network:
         ends = network.host("a"), network.host("b")
         return not network.join(*ends, delay_s=0.001).missing_delay_s
+
+
+_FAMILY_INET = 1
+
+
+def firewall_tables(prefix: str) -> set[str]:
+    """Return the names of this thread's host's nftables tables of the family inet that begin so."""
+    from pyroute2.nftables.main import NFTables  # noqa: PLC0415
+
+    with NFTables(nfgen_family=_FAMILY_INET) as tables:
+        names = {str(dict(table["attrs"])["NFTA_TABLE_NAME"]) for table in tables.get_tables()}
+    return {name for name in names if name.startswith(prefix)}
+
+
+def delete_firewall_table(name: str) -> None:
+    """Delete a table of the family inet of this thread's host."""
+    from pyroute2.netlink.exceptions import NetlinkError  # noqa: PLC0415
+    from pyroute2.nftables.main import NFTables  # noqa: PLC0415
+
+    with NFTables(nfgen_family=_FAMILY_INET) as tables:
+        try:
+            tables.table("del", name=name)
+        except NetlinkError as error:
+            raise SystemCallError(f"deleting the nftables table {name}", error.code) from error
 
 
 @contextmanager

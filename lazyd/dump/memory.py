@@ -167,10 +167,12 @@ class MemoryDump:
                     written = PagePipe()
                     scanner.scan(private, written, tracker.track)
                     transfer.reserve_late(written.dumped_bytes + written.dumped_bytes // 4)
+        except SystemCallError:
+            pass  # it has other memory by now, by exec, or none: dump() finds out
         finally:
             if pid not in self._early:
                 tracker.has_baseline = False  # it knows of writes since now, not since any images
-        return True
+        return pid in self._early
 
     def look(self, pid: int, areas: Sequence[Area], tracker: Tracker | None = None) -> Looked:
         """Begin to look at a stopped task's pages; finish_look() does the rest. Areas and tracker as for dump().

@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from lazyd.errors import ProtocolError
+from lazyd.errors import ProtocolError, SystemCallError
 from lazyd.tuples import NamedTuple
 
 VERSION = 1
@@ -84,6 +84,8 @@ class Conversation:
                     left -= len(content)
         except FileExistsError:
             raise ProtocolError(self.peer, f"sends {name} twice") from None
+        except OSError as error:
+            raise SystemCallError("writing", error.errno or 0, path=folder / name) from error
         return length
 
     def _send(self, content: bytes) -> None:

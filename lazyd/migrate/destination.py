@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lazyd.errors import LazydError, ProtocolError, RestoreError, UsageError
+from lazyd.errors import LazydError, ProtocolError, RestoreError, SystemCallError, UsageError
 from lazyd.migrate.conversation import VERSION, Conversation
 from lazyd.report import Log, human_seconds
 from lazyd.tcp import Peer, listen, prepare
@@ -28,6 +28,14 @@ if TYPE_CHECKING:
 
 _HELLO_S = 20.0
 _IMAGES_S = 600.0
+_LEFT_BEHIND = {".log", ".out"}
+"""What is left in the directory of a migration that has failed: why it has."""
+_PRELOADED = """
+import sys
+import lazyd.daemon, lazyd.session, lazyd.source.page_server
+from lazyd.__main__ import run
+sys.exit(run() if sys.stdin.readline() else 1)
+"""
 _ENDS_S, _LAST_WORDS_S = 0.5, 10.0
 
 
@@ -47,8 +55,12 @@ class Settings(NamedTuple):
 def receive(settings: Settings, log: Log) -> int:
     """Take one migration; return 0 once all memory is there."""
     images = settings.images.absolute()
-    images.mkdir(exist_ok=True)
-    if any(images.iterdir()):
+    try:
+        images.mkdir(exist_ok=True)
+        holds = [path.name for path in images.iterdir() if path.suffix not in _LEFT_BEHIND]
+    except OSError as error:
+        raise SystemCallError("opening the directory", error.errno or 0, path=settings.images) from error
+    if holds:
         raise UsageError(f"{settings.images}: not empty: a migration's images go into a directory of their own")
     endpoint = None
     if settings.tls is not None:
@@ -108,13 +120,15 @@ class _Migration:
         self._images = settings.images
         self._statistics = self._images / "lazyd-stats.json"
         self._daemon: subprocess.Popen[bytes] | None = None
+        self._ready = -1
 
     def run(self) -> int:
         """Do all steps; return 0 once all memory is there."""
-        count, total = self._take_images()
-        self._log.info(f"{count} images, {human_bytes(total)}")
+        self._start_daemon()
         try:
-            self._start_daemon()
+            count, total = self._take_images()
+            self._log.info(f"{count} images, {human_bytes(total)}")
+            self._have_it_listen()
             self._control.say("restoring")
             self._control.hear("go", timeout_s=_HELLO_S)
             begun = time.monotonic()
@@ -122,6 +136,9 @@ class _Migration:
         except LazydError as error:
             # What serves sees that the restore has failed, and parts from the source so that the task goes on there.
             self._end_daemon()
+            for path in self._images.iterdir():
+                if path.suffix not in _LEFT_BEHIND:
+                    path.unlink()
             with contextlib.suppress(LazydError):
                 self._control.say("failed", reason=str(error))
             raise
@@ -140,27 +157,31 @@ class _Migration:
             count += 1
 
     def _start_daemon(self) -> None:
-        """Start what serves the memory; return once it listens."""
-        reading, writing = os.pipe()
+        """Start what will serve the memory: it imports what it needs while the task still runs, and then waits."""
+        self._ready, writing = os.pipe()
         numbers = (self._link.fileno(), writing)
         self._link.settimeout(None)
-        words = [sys.executable, "-m", "lazyd", "lazy-pages", "-D", str(self._images), "--no-progress"]
+        words = [sys.executable, "-P", "-c", _PRELOADED, "lazy-pages", "-D", str(self._images), "--no-progress"]
         words += ["--page-server", "--ps-socket", str(numbers[0]), "--status-fd", str(writing)]
         words += ["-o", "lazy-pages.log", "--stats", str(self._statistics), *self._settings.lazyd_options]
         # Its errors, and only those, go where ours go.
         self._daemon = subprocess.Popen(
             words,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             pass_fds=numbers,
             start_new_session=True,  # what interrupts us is passed on
         )
         os.close(writing)
-        try:
-            is_listening = os.read(reading, 1)
-        finally:
-            os.close(reading)
-        if not is_listening:
+
+    def _have_it_listen(self) -> None:
+        """Have it load the images; return once it listens."""
+        assert self._daemon is not None
+        assert self._daemon.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._daemon.stdin.write(b"\n")
+            self._daemon.stdin.close()
+        if not os.read(self._ready, 1):
             self._daemon.wait()
             raise RestoreError(f"lazyd lazy-pages: {self._last_line('lazy-pages.log')}")
 
@@ -211,6 +232,9 @@ class _Migration:
         """See what serves end: by itself where it has heard of a restore that failed, else it is told to."""
         if self._daemon is None:
             return
+        if self._daemon.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._daemon.stdin.close()
         for patience_s, end in ((_ENDS_S, self._daemon.terminate), (_LAST_WORDS_S, self._daemon.kill)):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._daemon.wait(patience_s)

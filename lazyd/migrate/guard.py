@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Stands between the dumper and the link: pages and requests go through, the link's end does not.
 
+Beside it stands a process that does nothing but hold the dumper's connection too. If the guard is killed while the task
+must not go on, the task stands still, and that process asks what is to be done, as the guard would have.
+
 Kernel facts (socket(7), tcp(7)): a TCP socket with SO_LINGER of no time is reset when it is closed, also by the end of
 its process; without, its peer sees an end of input. What either means to the dumper is in this package's head.
 """
@@ -10,11 +13,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
+import signal
 import socket
 import struct
 import threading
+from typing import NoReturn
 
 _PIPE_BYTES = 1 << 20
+_LOOK_MS = 200
+_HOLD, _LET_GO, _DONE = b"h", b"l", b"d"
 _NO_TIME, _ANY_TIME = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 
 
@@ -32,6 +40,8 @@ class Guard:
             one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.holds = False
         self._has_ended = False
+        self._holder = 0
+        self._to_holder = -1
         self.let_go_at_end()
         link.settimeout(None)
         self.link_ended = threading.Event()
@@ -41,9 +51,14 @@ class Guard:
             threading.Thread(target=self._pass_requests, daemon=True),
         ]
 
-    def start(self) -> None:
-        """Begin to move bytes, once the dumper has its end."""
+    def start(self, name: str) -> None:
+        """Begin to move bytes, once the dumper has its end; `name` is what is guarded."""
         self.for_dumper.close()
+        reading, self._to_holder = os.pipe()
+        self._holder = os.fork()  # there are no threads yet
+        if not self._holder:
+            _hold_too(self._inner, reading, name)
+        os.close(reading)
         for thread in self._threads:
             thread.start()
 
@@ -51,11 +66,18 @@ class Guard:
         """Have the source's task go on, should this process end."""
         self.holds = False
         self._inner.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_TIME)
+        self._tell_holder(_LET_GO)
 
     def hold_at_end(self) -> None:
         """Have the source's task never go on, whatever happens to this process."""
         self.holds = True
         self._inner.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ANY_TIME)
+        self._tell_holder(_HOLD)
+
+    def _tell_holder(self, word: bytes) -> None:
+        if self._holder:
+            with contextlib.suppress(BrokenPipeError):
+                os.write(self._to_holder, word)
 
     def end(self) -> None:
         """End the dumper's connection in the way that was said last; a second call does nothing."""
@@ -75,6 +97,12 @@ class Guard:
                 thread.join()
         self._inner.close()
         self.for_dumper.close()
+        if self._holder:
+            self._tell_holder(_DONE)
+            os.close(self._to_holder)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self._holder, 0)
+            self._holder = 0
 
     def _pass_pages(self) -> None:
         self._pass_on(self._inner, self._link)
@@ -108,3 +136,44 @@ def _reset(connection: socket.socket) -> None:
 
     nobody = struct.pack("H14x", socket.AF_UNSPEC)
     ctypes.CDLL(None).connect(connection.fileno(), nobody, len(nobody))
+
+
+def _hold_too(inner: socket.socket, reading: int, name: str) -> NoReturn:
+    """Hold the dumper's connection; if whoever writes to `reading` dies, do as was said last."""
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_IGN)
+        kept = sorted({2, reading, inner.fileno()})
+        for low, high in zip([-1, *kept], [*kept, os.sysconf("SC_OPEN_MAX")], strict=True):
+            os.closerange(low + 1, high)
+        last = _LET_GO
+        while (said := os.read(reading, 1)) not in (b"", _DONE):
+            last = said
+        if not said:
+            if last == _HOLD and _ask(inner, name) == signal.SIGTERM:
+                inner.shutdown(socket.SHUT_RDWR)
+            else:
+                _reset(inner)
+    finally:
+        os._exit(0)
+
+
+def _ask(inner: socket.socket, name: str) -> int:
+    """Wait for a signal that says what to do, or for the dumper's end."""
+    wanted: list[int] = []
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda number, _: wanted.append(number))
+    text = f"lazyd migrate was killed; {how_to_decide(name)}\n"
+    os.write(2, text.encode())
+    poll = select.poll()
+    poll.register(inner, 0)
+    while not wanted:
+        if poll.poll(_LOOK_MS):
+            return signal.SIGTERM  # there is no dumper any more
+    return wanted[0]
+
+
+def how_to_decide(name: str) -> str:
+    """Return what an operator is told who has to."""
+    pid = os.getpid()
+    return f"{name} is held: kill -USR1 {pid} lets it go on (if its copy never will again), kill -TERM {pid} ends it"

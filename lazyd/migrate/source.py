@@ -19,7 +19,8 @@ from pathlib import Path
 
 from lazyd.errors import DumpError, ProtocolError
 from lazyd.migrate.conversation import VERSION, Conversation, Said
-from lazyd.migrate.guard import Guard
+from lazyd.migrate.guard import Guard, how_to_decide
+from lazyd.net import delete_firewall_table, firewall_tables
 from lazyd.report import Log, human_seconds
 from lazyd.tcp import Peer, connect
 from lazyd.tls.settings import Files
@@ -42,6 +43,13 @@ class Settings(NamedTuple):
     criu: str = "criu"
     criu_options: Sequence[str] = ()
     tls: Files | None = None
+    locks_by_nftables: bool = False
+    """criu locks TCP connections by a table of nftables."""
+    unlocks: bool = False
+    """Remove that once the copy is whole: the connections' address is another host's then."""
+
+
+_LOCK_PREFIX = "CRIU-"
 
 
 def migrate(settings: Settings, log: Log) -> int:
@@ -91,6 +99,8 @@ class _Migration:
         self._guard, self._folder = guard, folder
         self._dumper: subprocess.Popen[bytes] | None = None
         self._begun = 0.0
+        self._locks: set[str] = set()
+        """Locks of others that were there before."""
 
     def run(self) -> int:
         """Do all steps; LazydError if it failed and the task goes on."""
@@ -138,6 +148,8 @@ class _Migration:
 
     def _dump(self) -> None:
         """Start the dumper; return once it has the task stopped and serves its memory."""
+        if self._settings.locks_by_nftables:
+            self._locks = firewall_tables(_LOCK_PREFIX)
         reading, writing = os.pipe()
         numbers = (self._guard.for_dumper.fileno(), writing)
         words = [self._settings.criu, "dump", "--tree", str(self._settings.pid), "--images-dir", str(self._folder)]
@@ -160,7 +172,7 @@ class _Migration:
             raise DumpError(f"{self._settings.criu}: cannot be started: {reason} (--criu names it)") from error
         finally:
             os.close(writing)
-        self._guard.start()
+        self._guard.start(f"process {self._settings.pid}")
         try:
             is_ready = os.read(reading, 1)
         finally:
@@ -193,11 +205,7 @@ class _Migration:
 
     def _hold(self, why: str) -> int:
         """Keep the task stopped, since its copy has run, until somebody decides."""
-        pid = os.getpid()
-        self._log.error(
-            f"{why}; process {self._settings.pid} is held: kill -USR1 {pid} lets it go on (if its copy never "
-            f"will again), kill -TERM {pid} ends it"
-        )
+        self._log.error(f"{why}; {how_to_decide(f'process {self._settings.pid}')}")
         decided = threading.Event()
         wanted = []
 
@@ -230,7 +238,20 @@ class _Migration:
             return 1
         for line in said.values.get("summary", []):
             self._log.message(str(line))
+        if self._settings.locks_by_nftables:
+            self._unlock()
         return 0
+
+    def _unlock(self) -> None:
+        """Remove the lock that criu leaves behind, or say how: without it, packets to the source would be refused."""
+        for name in sorted(firewall_tables(_LOCK_PREFIX) - self._locks):
+            if self._settings.unlocks:
+                delete_firewall_table(name)
+                self._log.message(f"the network is unlocked: the table {name} is gone")
+            else:
+                self._log.message(
+                    f"its TCP connections stay locked here: nft delete table inet {name}, once their address has moved"
+                )
 
     def end_dumper(self) -> None:
         """See the dumper end, in the way that the guard says: the task goes on, or ends."""

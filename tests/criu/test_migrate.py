@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import migration
 import pki
 import pytest
 
-from lazyd.net import Network
+from lazyd.net import Network, firewall_tables
 
 PORT = 27100
 
@@ -141,6 +142,48 @@ def test_a_program_migrates(hosts, what, tmp_path):
     assert "faults: " in log.read_text()
 
 
+_CONNECTED = """
+import pathlib, socket, sys, time
+state = pathlib.Path(sys.argv[1])
+listening = socket.create_server(("127.0.0.1", 0))
+one = socket.create_connection(listening.getsockname())
+other, _ = listening.accept()
+one.send(b"sent before")
+(state / "ready").touch()
+while not (state / "go").exists():
+    time.sleep(0.001)
+one.send(b", and after")
+got = b""
+while len(got) < 22:
+    got += other.recv(100)
+(state / "result").write_text("ok\\n" if got == b"sent before, and after" else repr(got))
+"""
+
+
+@pytest.mark.parametrize("unlock", [False, True])
+def test_connections_go_along_and_the_network_is_locked(victim, tmp_path, unlock):
+    """With criu 4.2.1: 4.1.1 cannot dump a TCP socket on Linux 6.18."""
+    if not Path(harness.criu_command("sid")).exists():
+        pytest.skip("no CRIU of sid: run scripts/get-criu sid")
+    with contextlib.ExitStack() as stack:
+        command = [sys.executable, "-c", _CONNECTED, str(tmp_path / "state")]
+        hosts = Hosts(stack, "sid", command, tmp_path)
+        extra = ["--tcp-established", "--network-lock", "nftables"]
+        (destination, _), (source, log) = hosts.destination(*extra), hosts.source(*extra, *["--unlock-source"] * unlock)
+        assert wait(source, hosts) == 0, hosts.logs()
+        assert wait(destination, hosts) == 0, hosts.logs()
+        (hosts.state / "go").touch()
+        harness.wait_until(lambda: hosts.result, "the verdict")
+        assert hosts.result == "ok\n"
+        with hosts.there.inside():
+            left = firewall_tables("CRIU-")
+        assert len(left) == (not unlock)
+        with hosts.here.inside():
+            assert not firewall_tables("CRIU-")
+        said = "the network is unlocked" if unlock else f"nft delete table inet {next(iter(left))}"
+        assert said in log.read_text()
+
+
 def test_a_restore_that_fails_leaves_the_program_at_the_source(hosts, tmp_path):
     """criu restore fails at once; nothing has run there."""
     broken = tmp_path / "criu"
@@ -151,6 +194,23 @@ def test_a_restore_that_fails_leaves_the_program_at_the_source(hosts, tmp_path):
     assert wait(source, hosts) == 1
     assert "no restore today" in log.read_text()
     assert source_log.read_text().splitlines()[-1].endswith("criu restore: no restore today; the task goes on here")
+    hosts.assert_goes_on()
+
+
+def test_a_full_disk_at_the_destination_leaves_the_program(old_hosts):
+    """And nothing in the way of the next try."""
+    hosts = old_hosts
+    hosts.images.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "none", hosts.images], check=True)
+    try:
+        (destination, log), (source, source_log) = hosts.destination(), hosts.source()
+        assert wait(destination, hosts) == 1
+        assert wait(source, hosts) == 1
+        assert "ENOSPC" in log.read_text().splitlines()[-1]
+        assert "ENOSPC" in source_log.read_text().splitlines()[-1]
+        assert not [path for path in hosts.images.iterdir() if path.suffix not in {".log", ".out"}]
+    finally:
+        subprocess.run(["umount", hosts.images], check=True)
     hosts.assert_goes_on()
 
 
@@ -208,6 +268,25 @@ def test_a_destination_that_dies_after_go_holds_the_program_until_somebody_decid
         hosts.assert_goes_on()
     else:
         harness.wait_until(lambda: not hosts.task_state, "its end")
+
+
+@pytest.mark.parametrize("decision", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_source_that_is_killed_after_go_leaves_the_program_held(old_hosts, decision):
+    hosts = old_hosts
+    with false_destination(hosts) as (source, log, control, _):
+        control.sendall(message(b'{"word": "restoring"}') + message(b'{"word": "running", "pid": 1}'))
+        harness.wait_until(lambda: "running at" in log.read_text(), "it to hear that")
+        source.kill()
+        source.wait()
+        harness.wait_until(lambda: "is held" in log.read_text(), "what is left to say so")
+        assert hosts.task_state in {"t", "T"}
+        holder = int(re.search(r"kill -USR1 (\d+)", log.read_text())[1])
+        os.kill(holder, decision)
+    if decision is signal.SIGUSR1:
+        hosts.assert_goes_on()
+    else:
+        harness.wait_until(lambda: not hosts.task_state, "its end")
+        assert not hosts.result
 
 
 def test_a_link_for_pages_that_breaks_holds_the_program(old_hosts):

@@ -30,6 +30,7 @@ from pages_victim import BASE, PAGE, Victim
 from process_harness import Dying
 from test_dump_chains import FORMS
 from test_dump_chains import start as start_model
+from test_dump_verb import EXECS
 
 from lazyd.dump.core import Track, track_method
 from lazyd.image.verify import verify
@@ -247,6 +248,27 @@ def test_reads_past_the_page_cache_that_are_on_their_way(tmp_path):
         files.close()
         if process is not None:
             process.wait()
+
+
+def test_a_task_that_executes_itself_all_the_time(tmp_path):
+    """The memory that was copied, and whose writes are tracked, is gone again and again."""
+    source, program = tmp_path / "execs.c", str(tmp_path / "execs")
+    source.write_text(EXECS)
+    subprocess.run(["gcc", "-O2", "-o", program, str(source)], check=True)
+    null = subprocess.DEVNULL
+    process = subprocess.Popen([program, program], stdin=null, stdout=null, stderr=null, start_new_session=True)
+    try:
+        for number in range(4):
+            images = tmp_path / f"images{number}"
+            run = early("dump", "--pid", process.pid, "-D", images, "--leave-running", kept=tmp_path / "kept")
+            if run.returncode:
+                assert "changes faster than it can be looked at" in run.stderr
+            else:
+                assert check(process.pid, images, tmp_path / "kept") > 1
+            assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_who_tracks_already_is_left_alone(start, tmp_path):
