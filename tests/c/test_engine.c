@@ -1154,6 +1154,7 @@ static void test_tcp_moved(void)
 	if (!sender) {
 		int peer = accept(listener, NULL, NULL);
 
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
 		for (uint32_t i = 0; i < 40000; i++) { /* as many bytes come back as go, in pieces of all lengths */
 			if (send(peer, bytes, 1 + i % 700, MSG_NOSIGNAL) < 0)
 				_exit(1);
