@@ -16,8 +16,6 @@
 #define CHUNK_COPIES 16U        /* copies in one chunk, however small */
 #define NEAR_PAGES 2048U        /* how far behind a fault the fill looks before it goes on elsewhere */
 #define RATE_BURST_BYTES (1U << 20)
-#define ASK_PAGES 256U       /* of a page server in one request, while nobody faults; large ones are served faster */
-#define ASK_ACTIVE_PAGES 32U /* and while somebody does: a fault waits behind the rest of one */
 #define ASK_AHEAD_BYTES (32ULL << 20) /* no more than this may have arrived and not be installed */
 #define REMOTE_ACTIVE_NS 20000000U    /* faults that wait for a page server are further apart */
 #define AHEAD_BYTES (4ULL << 20)      /* read in one request, and this far before the fill needs it */
@@ -300,6 +298,7 @@ static void ask_near(struct lz_worker *worker, struct lz_task *task, uint64_t mo
 {
 	struct lz_remote *remote = &worker->engine->remote;
 	struct lz_arena *arena = worker->engine->arena;
+	const uint64_t chunk = lz_remote_chunk(remote, is_active);
 	int64_t near = task->near ? lz_space_find(arena, &task->space, task->near) : -1;
 	const struct lz_region *region;
 	uint64_t page, end;
@@ -311,7 +310,7 @@ static void ask_near(struct lz_worker *worker, struct lz_task *task, uint64_t mo
 	page = PAGES(task->near - region->start);
 	end = page + most;
 	while (lz_remote_room(remote, is_active) >= LZ_PAGE_SIZE &&
-	       lz_space_next_missing(arena, &task->space, (uint32_t)near, page, end, ASK_ACTIVE_PAGES, &run)) {
+	       lz_space_next_missing(arena, &task->space, (uint32_t)near, page, end, chunk, &run)) {
 		uint64_t dealt = ask_run(worker, task, region, &run);
 
 		if (!dealt)
@@ -326,7 +325,7 @@ static void ask_for_fill(struct lz_worker *worker, struct lz_task *task, bool is
 	struct lz_remote *remote = &worker->engine->remote;
 	struct lz_arena *arena = worker->engine->arena;
 	const uint32_t generation = __atomic_load_n(&remote->link->generation, __ATOMIC_ACQUIRE);
-	const uint64_t most = is_active ? ASK_ACTIVE_PAGES : ASK_PAGES;
+	const uint64_t most = lz_remote_chunk(remote, is_active);
 	uint64_t first = UINT64_MAX;
 	struct lz_run run;
 	uint32_t number;

@@ -26,8 +26,15 @@
 #define BURSTS 16U           /* received before the socket's other side is looked at again */
 #define URGENT_REQUESTS 256U /* of the ring, kept for faults */
 #define FIRST_WINDOW (1U << 20)
-#define IDLE_SLACK (3U << 20)     /* on top of what the link holds, while nobody faults */
-#define ACTIVE_SLACK (256U << 10) /* and while somebody does: it waits that much longer */
+#define LONG_TRIP_NS 500000U
+/* Asked for at once, and on top of what the link holds: while nobody faults, and while somebody does, on a short way
+ * and on a long one. */
+#define IDLE_PAGES 256U
+#define IDLE_SLACK (3U << 20)
+#define SHORT_PAGES 64U
+#define SHORT_SLACK (512U << 10)
+#define LONG_PAGES 16U
+#define LONG_SLACK (128U << 10)
 #define MEASURE_NS 10000000U
 
 static uint64_t *words_of(const struct lz_remote *remote, uint64_t offset)
@@ -361,13 +368,25 @@ bool lz_remote_is_due(const struct lz_remote *remote, uint64_t offset)
 	       link->asked - link->answered < LZ_REQUESTS;
 }
 
+static bool is_long(const struct lz_link *link)
+{
+	return __atomic_load_n(&link->round_trip_ns, __ATOMIC_RELAXED) >= LONG_TRIP_NS;
+}
+
+uint32_t lz_remote_chunk(const struct lz_remote *remote, bool is_active)
+{
+	if (!is_active)
+		return IDLE_PAGES;
+	return is_long(remote->link) ? LONG_PAGES : SHORT_PAGES;
+}
+
 uint64_t lz_remote_room(const struct lz_remote *remote, bool is_active)
 {
 	const struct lz_link *link = remote->link;
 	const uint64_t rate = __atomic_load_n(&link->rate, __ATOMIC_RELAXED);
 	const uint64_t trip = __atomic_load_n(&link->round_trip_ns, __ATOMIC_RELAXED);
 	uint64_t holds = (uint64_t)((double)rate * 1e-9 * (double)trip);
-	uint64_t window = holds + (is_active ? ACTIVE_SLACK : IDLE_SLACK);
+	uint64_t window = holds + (!is_active ? IDLE_SLACK : is_long(link) ? LONG_SLACK : SHORT_SLACK);
 	uint64_t in_flight = __atomic_load_n(&link->in_flight, __ATOMIC_RELAXED);
 
 	if (__atomic_load_n(&link->error, __ATOMIC_ACQUIRE))

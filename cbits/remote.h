@@ -116,6 +116,11 @@ uint32_t lz_remote_ask(struct lz_remote *remote, const struct lz_worker *worker,
 bool lz_remote_is_asked(const struct lz_remote *remote, uint64_t offset);
 /* Whether a fault that waits for a remote page should look again. */
 bool lz_remote_is_due(const struct lz_remote *remote, uint64_t offset);
+/*
+ * In how many pages bulk is asked for at once: servers are faster at large requests, but a fault waits behind the rest
+ * of one. Where the way is short, what ends the faults soonest is the fill, so it is large even while somebody faults.
+ */
+uint32_t lz_remote_chunk(const struct lz_remote *remote, bool is_active);
 /* How much more bulk may be asked; less while faults may come behind it. */
 uint64_t lz_remote_room(const struct lz_remote *remote, bool is_active);
 /* Where a page that has arrived is. *pages is shortened to what lies behind it there, too. */

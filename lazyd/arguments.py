@@ -31,6 +31,10 @@ class _Help(argparse.HelpFormatter):
         super().__init__(prog, width=(columns or 120) - 2)
 
 
+# argparse's own words stay as they are: to look for a translation, which it does not come with, takes a millisecond.
+vars(argparse)["_"] = str
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, which main() says."""
 

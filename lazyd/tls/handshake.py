@@ -80,6 +80,8 @@ class Endpoint:
         is_client = side is Side.CLIENT
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if is_client else ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        # Python before 3.11.4, as Debian 12 has it, asks OpenSSL to take a link that was cut for one that was closed.
+        context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
         context.check_hostname = self._verifies_name
         context.verify_mode = ssl.CERT_REQUIRED
         # As in GnuTLS, whatever certificate is named as trusted is: it need not be signed by itself.
