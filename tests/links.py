@@ -109,17 +109,18 @@ class CuttingProxy:
             client, _ = self._listening.accept()
             passed = Passed()
             self.connections.append(passed)
-            arguments = (client, next(self._plans, Plan()), passed)
+            try:  # here: to the target they come in the order in which they came
+                server = socket.create_connection(self._target)
+            except OSError:
+                _reset(client)
+                client.close()
+                continue
+            arguments = (client, server, next(self._plans, Plan()), passed)
             self._threads.append(threading.Thread(target=self._serve, args=arguments))
             self._threads[-1].start()
 
-    def _serve(self, client: socket.socket, plan: Plan, passed: Passed) -> None:
-        with client, contextlib.ExitStack() as stack:
-            try:
-                server = stack.enter_context(socket.create_connection(self._target))
-            except OSError:
-                _reset(client)
-                return
+    def _serve(self, client: socket.socket, server: socket.socket, plan: Plan, passed: Passed) -> None:
+        with client, server:
             for one in (client, server):
                 one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             way = self._pass_on(client, server, plan, passed)

@@ -240,12 +240,16 @@ def copy(
         (at.state / "go").touch()
     pidfile = work / "restored.pid"
     pidfile.unlink(missing_ok=True)
+    known = {*harness.descendants(os.getpid())}
     try:
         harness.criu_restore(at.suite, images, work, ("--pidfile", str(pidfile), *extra), enter)
         yield int(pidfile.read_text())
     finally:
         if pidfile.exists():
             end_copy(int(pidfile.read_text()))
+        else:  # what a restore that failed, or was stopped, has made is ours: we are its reaper
+            for pid in {*harness.descendants(os.getpid())} - known:
+                end_copy(pid)
 
 
 def end_copy(pid: int) -> None:

@@ -110,6 +110,8 @@ class Lab:
             try:
                 with migration.copy(source, images, work, enter=here.enter, goes=not self._setting.is_idle):
                     return self._wait(who, source, daemon)
+            except AssertionError as error:
+                raise AssertionError(f"{who}: {error}\n{daemon.report()}\n{source.report()}") from None
             finally:
                 daemon.stop()
 

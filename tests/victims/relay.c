@@ -211,11 +211,16 @@ static struct direction *direction(int in, int out)
 	return d;
 }
 
+struct ends {
+	int client, server;
+};
+
 static void *serve(void *argument)
 {
-	int client = (int)(intptr_t)argument, one = 1;
-	int server = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	if (connect(server, (struct sockaddr *)&target, sizeof(target))) {
+	struct ends *ends = argument;
+	int client = ends->client, server = ends->server, one = 1;
+	free(ends);
+	if (server < 0) {
 		reset(client);
 	} else {
 		pthread_t thread;
@@ -232,7 +237,8 @@ static void *serve(void *argument)
 		free(from);
 	}
 	close(client);
-	close(server);
+	if (server >= 0)
+		close(server);
 	return NULL;
 }
 
@@ -270,7 +276,16 @@ int main(int argc, char **argv)
 		int client = accept4(listening, NULL, NULL, SOCK_CLOEXEC);
 		if (client < 0)
 			continue;
-		if (pthread_create(&thread, NULL, serve, (void *)(intptr_t)client))
+		struct ends *ends = malloc(sizeof(*ends));
+		if (!ends)
+			die("malloc");
+		/* Here, one after the other: to the target they come in the order in which they came. */
+		*ends = (struct ends){ client, socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0) };
+		if (connect(ends->server, (struct sockaddr *)&target, sizeof(target))) {
+			close(ends->server);
+			ends->server = -1;
+		}
+		if (pthread_create(&thread, NULL, serve, ends))
 			die("pthread_create");
 		pthread_detach(thread);
 	}
