@@ -28,11 +28,10 @@ from lazyd.target import Attached
 from lazyd.target.expected import empty_ranges, merge_ranges
 from lazyd.target.mappings import find_pages
 from lazyd.target.puppet import Puppet, Step, find_workshop
-from lazyd.target.userfault import enable_missing, register_missing, take_userfaultfd, unregister
+from lazyd.target.userfault import enable_missing, reading_events, register_missing, take_userfaultfd
 
 _SYS_CLOSE, _SYS_USERFAULTFD = 3, 323
 _SYS_MADVISE, _MADV_DONTNEED = 28, 4
-_MOST_DROPS = 100  # each time somebody may look again
 
 
 class Unreleased:
@@ -181,20 +180,17 @@ def _register(plan: Plan, puppet: Puppet, uffd: int, filled: Sequence[Extent]) -
     """Register lazy memory, and drop what pages have come to be in it before that.
 
     Whoever reads /proc/PID/cmdline or environ, as ps does, makes pages of zeros where there are none yet. Once the
-    memory is registered that fails for them; to drop a page then would wait for an event.
+    memory is registered that fails for them. So what there is is dropped after that: a call that waits for its event to
+    be read. (To take the range back for it was tried: who reads without end had made the page again every time.)
     """
     pid = plan.pid
     enable_missing(uffd, pid)
     for area in plan.vmas:
         if area.is_lazy:
             register_missing(uffd, area.start, area.end - area.start, pid)
-    for _ in range(_MOST_DROPS):
-        if not (found := _find_strangers(plan, filled)):
-            break
-        for start, end, _ in found:
-            unregister(uffd, start, end - start, pid)
-            puppet.run([Step("madvise", _SYS_MADVISE, (start, end - start, _MADV_DONTNEED))])
-            register_missing(uffd, start, end - start, pid)
+    if found := _find_strangers(plan, filled):
+        with reading_events(uffd):
+            puppet.run([Step("madvise", _SYS_MADVISE, (start, end - start, _MADV_DONTNEED)) for start, end, _ in found])
 
 
 def check_empty(plan: Plan, filled: Sequence[Extent]) -> None:

@@ -7,10 +7,14 @@ here, and the task closes its own in the same batch of calls: a lazyd that is ki
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
+import select
 import struct
+import threading
+from collections.abc import Iterator
 
 from lazyd.errors import SystemCallError
 from lazyd.target.descriptors import take_descriptor
@@ -20,8 +24,9 @@ from lazyd.target.tracing import StoppedTask
 _SYS_CLOSE, _SYS_USERFAULTFD = 3, 323
 UFFD_USER_MODE_ONLY = 1
 # include/uapi/linux/userfaultfd.h: struct uffdio_api and uffdio_register; features EVENT_FORK, REMAP, REMOVE, UNMAP
-_UFFDIO_API, _UFFDIO_REGISTER, _UFFDIO_UNREGISTER = 0xC018AA3F, 0xC020AA00, 0x8010AA01
-_API, _REGISTER, _RANGE = struct.Struct("3Q"), struct.Struct("4Q"), struct.Struct("2Q")
+_UFFDIO_API, _UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
+_MESSAGE_BYTES = 32  # struct uffd_msg
+_API, _REGISTER = struct.Struct("3Q"), struct.Struct("4Q")
 _UFFD_API, _EVENTS, _MODE_MISSING = 0xAA, 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6, 1
 
 
@@ -67,10 +72,24 @@ def register_missing(uffd: int, start: int, length: int, pid: int) -> None:
         raise SystemCallError("UFFDIO_REGISTER", error.errno or 0, path=where, hint=hint) from error
 
 
-def unregister(uffd: int, start: int, length: int, pid: int) -> None:
-    """Take a range back. SystemCallError that names it."""
+@contextlib.contextmanager
+def reading_events(uffd: int) -> Iterator[None]:
+    """Let a task that does not run otherwise change its layout: each change waits until its event is read."""
+    reading, writing = os.pipe()
+    poll = select.poll()
+    poll.register(uffd, select.POLLIN)
+    poll.register(reading, select.POLLIN)
+
+    def read() -> None:
+        while all(fd != reading for fd, _ in poll.poll()):
+            with contextlib.suppress(BlockingIOError):
+                os.read(uffd, _MESSAGE_BYTES)
+
+    thread = threading.Thread(target=read)
+    thread.start()
     try:
-        fcntl.ioctl(uffd, _UFFDIO_UNREGISTER, bytearray(_RANGE.pack(start, length)))
-    except OSError as error:
-        where = f"process {pid}, {start:#x}-{start + length:#x}"
-        raise SystemCallError("UFFDIO_UNREGISTER", error.errno or 0, path=where) from error
+        yield
+    finally:
+        os.close(writing)
+        thread.join()
+        os.close(reading)
