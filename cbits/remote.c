@@ -36,6 +36,9 @@
 #define LONG_PAGES 16U
 #define LONG_SLACK (128U << 10)
 #define MEASURE_NS 10000000U
+/* States of tcp_info; <netinet/tcp.h> has them, and an older tcp_info than the kernel's. */
+#define STATE_ESTABLISHED 1
+#define STATE_CLOSE_WAIT 8
 
 static uint64_t *words_of(const struct lz_remote *remote, uint64_t offset)
 {
@@ -131,21 +134,33 @@ void lz_remote_init(struct lz_remote *remote, struct lz_engine *engine)
 	remote->engine = engine;
 	remote->landing_fd = remote->wake = -1;
 	pthread_mutex_init(&remote->lock, NULL);
+	pthread_mutex_init(&remote->receive_lock, NULL);
 }
 
-/* Counting what TCP has moved: bytes received that were read, or bytes written. False: this is not TCP. */
-static bool count_moved(int fd, uint64_t *received, uint64_t *sent)
+int lz_tcp_moved(int fd, uint64_t *received, uint64_t *sent)
 {
 	struct tcp_info info = { 0 };
-	socklen_t length = sizeof(info);
+	uint64_t received_before, acknowledged_before;
 	int unread, unacknowledged;
 
-	if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length) < 0 || ioctl(fd, SIOCINQ, &unread) < 0 ||
-	    ioctl(fd, SIOCOUTQ, &unacknowledged) < 0)
-		return false;
+	/* The counters and the queues cannot be asked for at once: until nothing has moved in between. */
+	do {
+		socklen_t length = sizeof(info);
+
+		received_before = info.tcpi_bytes_received;
+		acknowledged_before = info.tcpi_bytes_acked;
+		if (ioctl(fd, SIOCINQ, &unread) < 0 || ioctl(fd, SIOCOUTQ, &unacknowledged) < 0 ||
+		    getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length) < 0)
+			return -errno;
+	} while (info.tcpi_bytes_received != received_before || info.tcpi_bytes_acked != acknowledged_before);
 	*received = (uint64_t)info.tcpi_bytes_received - (uint64_t)unread;
 	*sent = (uint64_t)info.tcpi_bytes_acked + (uint64_t)unacknowledged;
-	return true;
+	/* The end of the stream is counted like a byte, and like one that was read. After a reset nobody can tell. */
+	if (info.tcpi_state == STATE_CLOSE_WAIT)
+		(*received)--;
+	else if (info.tcpi_state != STATE_ESTABLISHED)
+		return -ENOTCONN;
+	return 0;
 }
 
 /* Begin to use a connection on which nothing is on its way. */
@@ -162,7 +177,7 @@ static int begin_link(struct lz_remote *remote, int fd, uint32_t header_bytes)
 	link->first = link->answered = link->asked;
 	link->sent_bytes = link->received_bytes = 0;
 	link->sent_base = link->received_base = 0;
-	(void)count_moved(fd, &link->received_base, &link->sent_base);
+	(void)lz_tcp_moved(fd, &link->received_base, &link->sent_base);
 	link->in_flight = 0;
 	link->round_trip_ns = 0;
 	link->rate = 0;
@@ -652,8 +667,11 @@ static void *receiver_main(void *argument)
 			flush(remote);
 			pthread_mutex_unlock(&remote->lock);
 		}
-		if (fds[1].revents & ~POLLOUT)
+		if (fds[1].revents & ~POLLOUT) {
+			pthread_mutex_lock(&remote->receive_lock);
 			receive(remote);
+			pthread_mutex_unlock(&remote->receive_lock);
+		}
 	}
 	return NULL;
 }
@@ -743,8 +761,11 @@ void lz_remote_resume(struct lz_remote *remote)
 	remote->stopping = 0;
 	remote->running = false;
 	pthread_mutex_init(&remote->lock, NULL);
+	pthread_mutex_init(&remote->receive_lock, NULL);
 	link->sending = link->receiving = 0;
-	if (!link->error && count_moved(link->fd, &received, &sent)) {
+	if (!link->error)
+		link->breaking = 0; /* it died before it could say why */
+	if (!link->error && !lz_tcp_moved(link->fd, &received, &sent)) {
 		received -= link->received_base;
 		length = next_place(remote, &place);
 		if (received - link->received_bytes > length) {
@@ -756,7 +777,8 @@ void lz_remote_resume(struct lz_remote *remote)
 	} else if (!link->error && (was_sending || was_receiving)) {
 		break_link(remote, -ECONNABORTED, LZ_LINK_UNCOUNTED, 0, 0);
 	}
-	if (!link->error && link->answered < link->asked)
+	/* Also where the link is of no use any more: what was noted as received is not asked for again. */
+	if (link->answered < link->asked)
 		settle(remote, 0);
 	find_asked(remote);
 }
@@ -771,6 +793,7 @@ void lz_remote_free(struct lz_remote *remote)
 	if (remote->wake >= 0)
 		close(remote->wake);
 	pthread_mutex_destroy(&remote->lock);
+	pthread_mutex_destroy(&remote->receive_lock);
 }
 
 int lz_engine_relink(struct lz_engine *engine, int fd, uint32_t header_bytes)
@@ -781,11 +804,14 @@ int lz_engine_relink(struct lz_engine *engine, int fd, uint32_t header_bytes)
 
 	if (!link || !link->error)
 		return -EINVAL;
+	pthread_mutex_lock(&remote->receive_lock);
 	pthread_mutex_lock(&remote->lock);
 	before = link->fd;
 	forget_requests(remote);
+	remote->measured_ns = 0;
 	result = begin_link(remote, fd, header_bytes);
 	pthread_mutex_unlock(&remote->lock);
+	pthread_mutex_unlock(&remote->receive_lock);
 	if (result < 0)
 		return result;
 	if (before >= 0)

@@ -88,7 +88,9 @@ struct lz_remote {
 	bool running;
 	uint32_t stopping; /* atomic */
 	pthread_t receiver;
-	pthread_mutex_t lock;    /* requests */
+	pthread_mutex_t lock; /* requests */
+	/* What is received is noted on the connection that it is of; taken before the other. */
+	pthread_mutex_t receive_lock;
 	uint64_t measured_ns;    /* when the rate was measured last; 0: nothing has been on its way since */
 	uint64_t measured_bytes; /* and what total_bytes was then */
 };
@@ -125,6 +127,11 @@ uint32_t lz_remote_chunk(const struct lz_remote *remote, bool is_active);
 uint64_t lz_remote_room(const struct lz_remote *remote, bool is_active);
 /* Where a page that has arrived is. *pages is shortened to what lies behind it there, too. */
 const uint8_t *lz_remote_bytes(const struct lz_remote *remote, uint64_t offset, uint64_t *pages);
+/*
+ * Count the bytes of a TCP connection that were read and that were written, since some moment that does not change;
+ * while nobody reads or writes. -errno: it cannot be known.
+ */
+int lz_tcp_moved(int fd, uint64_t *received, uint64_t *sent);
 /* Forget pages that have arrived, are installed and are wanted by nobody else. */
 void lz_remote_release(struct lz_remote *remote, uint64_t start, uint64_t end);
 

@@ -169,6 +169,10 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if value is not None and self._remote is not None and not self._engine.is_finished:
+            # Nobody has served, nor will: at the source it must not look like the end of a transfer.
+            with contextlib.suppress(OSError):
+                self._remote.part(has_run=False, has_all=False)
         self.close()
 
     def close(self) -> None:
@@ -467,7 +471,10 @@ class Session:
         if self._remote.is_lost and any(info.status is TaskStatus.GONE for info in infos):
             self._fail(f"{self._remote.name}: {self._problems[0] if self._problems else 'the link was lost'}")
         try:
-            reason = self._remote.part(has_run=self._is_finished, has_all=has_all)
+            # Not only as this process knows: it may be the last, and have come to give up. What is attached to is let
+            # go when there is a process that serves.
+            has_run = self._is_finished or self._engine.is_finished or bool(self._to_attach)
+            reason = self._remote.part(has_run=has_run, has_all=has_all)
         except OSError as error:
             reason = f"{self._remote.name}: {error}"
         if reason:

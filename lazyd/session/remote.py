@@ -19,6 +19,7 @@ from enum import Enum
 
 from lazyd.errors import LazydError, ProtocolError
 from lazyd.report import Log
+from lazyd.session.signals import hold_signals
 from lazyd.source.page_server import PageServer, ask_identity, connect, finish, refuse
 from lazyd.uffd import Engine, LinkInfo, LinkReason, SharedWords
 from lazyd.units import PAGE_SIZE, human_bytes
@@ -67,6 +68,7 @@ class RemotePages:
         """How many bytes have come, and since when no more have, though some are waited for."""
         self._is_silent = False
         self._link = connect(server)
+        hold_signals()  # one that ended this process here would end the connection, and a stock source's task with it
         self._identity = self._identify()
         """What lazyd's server has of the tasks; 0: this is another server."""
 

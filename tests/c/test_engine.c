@@ -10,6 +10,7 @@
 #define _GNU_SOURCE 1
 #include "../../cbits/abi.h"
 #include "../../cbits/lz.h"
+#include "../../cbits/remote.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -26,6 +27,7 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -373,6 +375,7 @@ struct scene {
 	uint32_t flags; /* of the VMA at BASE */
 	int *source_fd; /* out, when not NULL: the pages image */
 	bool remote;    /* the pages from the fifth on come from a page server */
+	bool local;     /* by a connection that is not TCP */
 };
 
 static struct lz_totals totals(void)
@@ -422,21 +425,37 @@ static void source_main(int listener)
 }
 
 /* Start one and connect to it. */
-static int start_source(void)
+static int start_source_at(const struct sockaddr *name, socklen_t length)
 {
-	struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
-	socklen_t length = sizeof(address);
-	int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), fd;
+	const int family = name->sa_family;
+	struct sockaddr_storage address = { 0 };
+	int listener = socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0), fd;
 
-	CHECK(listener >= 0 && !bind(listener, (struct sockaddr *)&address, length) && !listen(listener, 1));
+	CHECK(listener >= 0 && !bind(listener, name, length) && !listen(listener, 1));
+	length = sizeof(address);
 	CHECK(!getsockname(listener, (struct sockaddr *)&address, &length));
 	source = fork();
 	if (!source)
 		source_main(listener);
 	close(listener);
-	fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	fd = socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	CHECK(fd >= 0 && !connect(fd, (struct sockaddr *)&address, length));
 	return fd;
+}
+
+static int start_source(void)
+{
+	struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+
+	return start_source_at((struct sockaddr *)&address, sizeof(address));
+}
+
+/* One that no TCP counts for, as behind TLS. */
+static int start_local_source(void)
+{
+	struct sockaddr_un address = { .sun_family = AF_UNIX }; /* the kernel finds a name */
+
+	return start_source_at((struct sockaddr *)&address, sizeof(sa_family_t));
 }
 
 static void set_up(const struct scene *scene)
@@ -487,7 +506,7 @@ static void set_up(const struct scene *scene)
 	if (scene->remote) {
 		extents[2].kind = LZ_KIND_REMOTE;
 		extents[2].offset = 0;
-		CHECK(lz_engine_add_remote(engine, start_source(), 24) == 1);
+		CHECK(lz_engine_add_remote(engine, scene->local ? start_local_source() : start_source(), 24) == 1);
 	}
 	number = lz_engine_prepare(engine, victim, extents, 3, vmas, scene->vmas);
 	CHECK(number == 0);
@@ -1116,6 +1135,109 @@ static void test_remote_and_fork(void)
 	tear_down();
 }
 
+/* What TCP says was read and written is what was, while more comes all the time, and when the other side has ended. */
+static void test_tcp_moved(void)
+{
+	struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+	socklen_t length = sizeof(address);
+	int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), fd, pair[2];
+	uint64_t received, sent, had = 0, gave = 0, received_base, sent_base;
+	char bytes[4096] = { 0 };
+	pid_t sender;
+
+	CHECK(!bind(listener, (struct sockaddr *)&address, length) && !listen(listener, 1));
+	CHECK(!getsockname(listener, (struct sockaddr *)&address, &length));
+	fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	CHECK(!connect(fd, (struct sockaddr *)&address, length));
+	CHECK(!lz_tcp_moved(fd, &received_base, &sent_base));
+	sender = fork();
+	if (!sender) {
+		int peer = accept(listener, NULL, NULL);
+
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		for (uint32_t i = 0; i < 40000; i++) { /* as many bytes come back as go, in pieces of all lengths */
+			if (send(peer, bytes, 1 + i % 700, MSG_NOSIGNAL) < 0)
+				_exit(1);
+			while (recv(peer, bytes, sizeof(bytes), MSG_DONTWAIT) > 0)
+				;
+		}
+		shutdown(peer, SHUT_WR);
+		pause();
+		_exit(0);
+	}
+	close(listener);
+	for (uint32_t i = 0; had < 13985000; i++) {
+		ssize_t got = recv(fd, bytes, 1 + i % 1500, 0), put = send(fd, bytes, 1 + i % 50, MSG_DONTWAIT);
+
+		CHECK(got > 0);
+		had += (uint64_t)got;
+		gave += put > 0 ? (uint64_t)put : 0;
+		CHECK(!lz_tcp_moved(fd, &received, &sent));
+		CHECK(received - received_base == had && sent - sent_base == gave);
+	}
+	for (ssize_t got = 1; got > 0;) { /* the end is there, behind the bytes that are unread, and then it is read */
+		struct pollfd end = { .fd = fd, .events = POLLRDHUP };
+
+		CHECK(poll(&end, 1, 10000) == 1);
+		CHECK(!lz_tcp_moved(fd, &received, &sent) && received - received_base == had);
+		got = recv(fd, bytes, 1000, 0);
+		had += got > 0 ? (uint64_t)got : 0;
+	}
+	CHECK(!lz_tcp_moved(fd, &received, &sent) && received - received_base == had);
+	kill(sender, SIGKILL);
+	CHECK(waitpid(sender, NULL, 0) == sender);
+	CHECK(lz_tcp_moved(fd, &received, &sent) < 0 || received - received_base == had);
+	close(fd);
+	CHECK(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
+	CHECK(lz_tcp_moved(pair[0], &received, &sent) < 0);
+	close(pair[0]);
+	close(pair[1]);
+}
+
+static void *relink_main(void *fd)
+{
+	CHECK(!lz_engine_relink(engine, *(int *)fd, 24));
+	return NULL;
+}
+
+/* The link is mended while bytes of the old connection are taken: they are not counted on the new one. */
+static void test_relink_while_receiving(void)
+{
+	struct lz_link_info link;
+	struct scene scene = { .pages = 64, .fill = LZ_FILL_OFF, .vmas = 1, .remote = true };
+	pid_t before;
+	pthread_t thread;
+	int fd;
+
+	set_up(&scene);
+	lz_engine_finish_restore(engine);
+	before = source;
+	fd = start_source();
+	arm("link-taken", 24);
+	begin(&control->slot[0], READ, BASE + 20 * PAGE, 0, 0);
+	CHECK(reached());
+	lz_engine_link(engine, &link);
+	CHECK(!shutdown(link.fd, SHUT_WR));
+	begin(&control->slot[1], READ, BASE + 40 * PAGE, 0, 0); /* which cannot be asked for */
+	for (uint32_t i = 0; i < 1000 && !link.error; i++) {
+		usleep(1000);
+		lz_engine_link(engine, &link);
+	}
+	CHECK(link.error == -EPIPE);
+	CHECK(!pthread_create(&thread, NULL, relink_main, &fd));
+	usleep(20000);
+	let_go();
+	CHECK(!pthread_join(thread, NULL));
+	CHECK(finish(&control->slot[0]) == word_at(BASE + 20 * PAGE));
+	CHECK(finish(&control->slot[1]) == word_at(BASE + 40 * PAGE));
+	check_pages(BASE, BASE, 0, 64, 64);
+	lz_engine_link(engine, &link);
+	CHECK(!link.error && !link.in_flight && !link.waiting);
+	kill(before, SIGKILL);
+	CHECK(waitpid(before, NULL, 0) == before);
+	tear_down();
+}
+
 /*
  * Killed between a system call on the link and the note of it, or between two notes: TCP knows what was done, every
  * page comes, and what had come is not asked for again.
@@ -1145,6 +1267,52 @@ static void test_killed_at_link(void)
 		check_pages(BASE, BASE, 0, 64, 64);
 		lz_engine_link(engine, &link);
 		CHECK(!link.error && link.in_flight == 0 && link.waiting == 0);
+		tear_down();
+	}
+}
+
+/*
+ * Killed in the middle of a receive that nobody counts for: the link is of no use then, and another one takes its
+ * place. What was noted has come, and the rest is asked for again.
+ */
+static void test_killed_and_relinked(void)
+{
+	static const char *const points[] = { "link-sent", "link-taken", "link-received" };
+
+	for (uint32_t i = 0; i < 12; i++) {
+		struct scene scene = {
+			.pages = 64, .fill = LZ_FILL_OFF, .vmas = 1, .guarded = true, .remote = true, .local = true
+		};
+		struct lz_link_info link;
+		uint64_t touched = BASE + 4 * PAGE;
+		pid_t before;
+		int fd;
+
+		set_up(&scene);
+		before = source;
+		control->die_after = (int)i / 3;
+		die_at(points[i % 3], 0);
+		begin(&control->slot[0], READ, touched, 0, 0);
+		while (finished_within(&control->slot[0], 100) && control->die_at[0]) {
+			CHECK(finish(&control->slot[0]) == word_at(touched));
+			touched += PAGE;
+			begin(&control->slot[0], READ, touched, 0, 0);
+		}
+		CHECK(!control->die_at[0]);
+		take_over(1);
+		lz_engine_link(engine, &link);
+		if (link.error) {
+			fd = start_local_source();
+			CHECK(!lz_engine_relink(engine, fd, 24));
+		}
+		CHECK(finish(&control->slot[0]) == word_at(touched));
+		check_pages(BASE, BASE, 0, 64, 64);
+		lz_engine_link(engine, &link);
+		CHECK(!link.error && link.in_flight == 0 && link.waiting == 0);
+		if (before != source) {
+			kill(before, SIGKILL);
+			CHECK(waitpid(before, NULL, 0) == before);
+		}
 		tear_down();
 	}
 }
@@ -1181,7 +1349,10 @@ int main(int argc, char **argv)
 		TEST(test_killed_at_hand_back),
 		TEST(test_remote),
 		TEST(test_remote_and_fork),
+		TEST(test_tcp_moved),
+		TEST(test_relink_while_receiving),
 		TEST(test_killed_at_link),
+		TEST(test_killed_and_relinked),
 	};
 	int rounds = argc > 1 ? atoi(argv[1]) : 1;
 	int through, uffd = lz_uffd_open(&through);

@@ -17,6 +17,8 @@ from kernel_harness import BASE, PAGE, PID, STRESS, Run, Vma, full, hand_over, s
 from page_source import ADD_F, LAZY, LAZYD, PRESENT, Answers, header
 from test_serving import MIXED
 
+from lazyd.session.remote import RemotePages
+
 FILLS = {"full": (), "off": ("--fill", "off"), "slow": ("--fill-rate", "8M")}
 SMALL = [full(BASE, 64), sparse(BASE + (1 << 24), 64, 2)]
 LARGE = [full(BASE, 4096), sparse(BASE + (1 << 26), 1024, 2)]
@@ -243,6 +245,51 @@ def test_a_signal_before_the_first_task_gives_the_task_back(stage):
     daemon.kill(signal.SIGTERM)
     assert daemon.wait() == 1
     source.wait_for("garbage")
+
+
+@pytest.mark.parametrize("words", [["--pidfile", "none/pid"], ["--pid", "1", "--image-pid", str(PID)]])
+def test_a_start_that_fails_after_connecting_gives_the_task_back(stage, words):
+    source = stage.build_remote({PID: [full(BASE, 64)]}, Answers)
+    daemon = stage.start_daemon(*source.words, *words, listening=False)
+    assert daemon.wait() == 1
+    source.wait_for("garbage")
+    assert not any(line.startswith(("close", "eof", "broken")) for line in source.lines())
+
+
+def test_a_signal_while_it_starts_gives_the_task_back(stage):
+    """At the moment when it has connected, and does not wait for signals yet."""
+
+    def be_signalled():
+        identify = RemotePages._identify
+
+        def identify_and_be_signalled(remote):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return identify(remote)
+
+        RemotePages._identify = identify_and_be_signalled
+
+    source = stage.build_remote({PID: [full(BASE, 64)]}, Answers)
+    daemon = stage.start_daemon(*source.words, prepare=be_signalled)
+    assert daemon.wait() == 1
+    source.wait_for("garbage")
+
+
+def test_servers_that_die_again_and_again_do_not_give_back_a_task_whose_copy_has_run(stage):
+    vmas = [full(BASE, 256)]
+    source = stage.build_remote({PID: vmas}, Answers)
+    daemon = stage.start_daemon(*source.words, "--fill", "off")
+    touch = ["await", "bus", hex(BASE), "256", "sweep", "random", "1"]
+    skeleton = stage.start_skeleton(*hand_over(vmas, PID), "finish", "hangup", "say", "runs", *touch)
+    skeleton.heard("runs")
+    daemon.wait_for_line("restore finished")
+    for _ in range(3):
+        old = daemon.family()["server"]
+        os.kill(old, signal.SIGKILL)
+        wait_until(lambda old=old: daemon.poll() is not None or daemon.family().get("server", old) != old, "the next")
+    assert daemon.wait() == 1
+    assert "died again and again" in daemon.output
+    source.wait_for_end()
+    assert "garbage" not in source.lines()
 
 
 def test_a_source_that_does_not_agree_to_the_end_is_reported(stage):
