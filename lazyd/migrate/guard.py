@@ -22,6 +22,7 @@ from typing import NoReturn
 
 _PIPE_BYTES = 1 << 20
 _LOOK_MS = 200
+_GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _HOLD, _LET_GO, _DONE = b"h", b"l", b"d"
 _NO_TIME, _ANY_TIME = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 
@@ -55,9 +56,12 @@ class Guard:
         """Begin to move bytes, once the dumper has its end; `name` is what is guarded."""
         self.for_dumper.close()
         reading, self._to_holder = os.pipe()
+        # Held back until it ignores them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
         self._holder = os.fork()  # there are no threads yet
         if not self._holder:
             _hold_too(self._inner, reading, name)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(reading)
         for thread in self._threads:
             thread.start()
@@ -141,8 +145,9 @@ def _reset(connection: socket.socket) -> None:
 def _hold_too(inner: socket.socket, reading: int, name: str) -> NoReturn:
     """Hold the dumper's connection; if whoever writes to `reading` dies, do as was said last."""
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        for number in _GROUP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _GROUP_SIGNALS)
         kept = sorted({2, reading, inner.fileno()})
         for low, high in zip([-1, *kept], [*kept, os.sysconf("SC_OPEN_MAX")], strict=True):
             os.closerange(low + 1, high)

@@ -46,6 +46,7 @@ _LINGER_S = 5.0
 _ACKNOWLEDGED_LOOK_S = 0.005
 _PR_SET_NAME = 15
 _REPORT_BYTES = 4096
+_GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class Runs(Enum):
@@ -401,9 +402,12 @@ class Tunnel:
         self._known: Ending | None = None
         pump = _Pump(session, other, writing)
         if runs is Runs.IN_PROCESS:
+            # Held back until it ignores them, which drops what has come by then.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
             self.pid = os.fork()
             if not self.pid:
                 _serve_alone(pump, writing)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             _close(pump, writing)
         else:
             self._thread = threading.Thread(target=_serve, args=(pump, writing), name=f"tls {self.peer}", daemon=True)
@@ -470,8 +474,9 @@ def _serve_alone(pump: _Pump, report_fd: int) -> NoReturn:
     """Run a pump as all that this process does."""
     status = 1
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        for number in _GROUP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _GROUP_SIGNALS)
         ctypes.CDLL(None).prctl(_PR_SET_NAME, b"lazyd-tls", 0, 0, 0)
         kept = sorted({2, report_fd, pump.plain.fileno(), pump.wire.fileno()})
         for low, high in zip([-1, *kept], [*kept, os.sysconf("SC_OPEN_MAX")], strict=True):
