@@ -20,6 +20,12 @@
 #define REMOTE_ACTIVE_NS 20000000U    /* faults that wait for a page server are further apart */
 #define AHEAD_BYTES (4ULL << 20)      /* read in one request, and this far before the fill needs it */
 
+/* Whether a task has faulted within a time; it may have been answered since the clock was looked at. */
+static bool has_faulted(const struct lz_task *task, uint64_t now, uint64_t within_ns)
+{
+	return now < task->fault_ns || now - task->fault_ns < within_ns;
+}
+
 /* Whether a task has left its layout alone for a while, since it runs. */
 static bool is_quiet(const struct lz_worker *worker, const struct lz_task *task, uint64_t now)
 {
@@ -394,7 +400,7 @@ static bool fill_task(struct lz_worker *worker, struct lz_task *task, uint64_t n
 {
 	struct lz_engine *engine = worker->engine;
 	struct lz_arena *arena = engine->arena;
-	const bool is_active = now - task->fault_ns < ACTIVE_NS;
+	const bool is_active = has_faulted(task, now, ACTIVE_NS);
 	const bool is_remote = engine->remote.link;
 	/* Behind a stream of faults goes what it asks for next: there the large copy is the short way. */
 	uint64_t budget = is_active && !(task->near && task->in_stream) ? ACTIVE_FILL_PAGES : IDLE_CHUNK_PAGES;
@@ -403,7 +409,7 @@ static bool fill_task(struct lz_worker *worker, struct lz_task *task, uint64_t n
 	if (allowance < LZ_PAGE_SIZE)
 		return false;
 	if (is_remote)
-		ask_for_fill(worker, task, now - task->fault_ns < REMOTE_ACTIVE_NS);
+		ask_for_fill(worker, task, has_faulted(task, now, REMOTE_ACTIVE_NS));
 	if (lz_helper_rests(worker, now) || (is_active && task->scatter >= SCATTER_RANDOM))
 		lz_helper_recall(worker, task);
 	else if (allowance == UINT64_MAX && task->left_pages > HELP_PAGES)

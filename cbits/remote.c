@@ -33,6 +33,7 @@
 #define IDLE_SLACK (3U << 20)
 #define SHORT_PAGES 64U
 #define SHORT_SLACK (512U << 10)
+#define WAKE_PAGES 128U
 #define LONG_PAGES 16U
 #define LONG_SLACK (128U << 10)
 #define MEASURE_NS 10000000U
@@ -400,12 +401,14 @@ uint64_t lz_remote_room(const struct lz_remote *remote, bool is_active)
 	const struct lz_link *link = remote->link;
 	const uint64_t rate = __atomic_load_n(&link->rate, __ATOMIC_RELAXED);
 	const uint64_t trip = __atomic_load_n(&link->round_trip_ns, __ATOMIC_RELAXED);
-	uint64_t holds = (uint64_t)((double)rate * 1e-9 * (double)trip);
-	uint64_t window = holds + (!is_active ? IDLE_SLACK : is_long(link) ? LONG_SLACK : SHORT_SLACK);
+	const uint64_t holds = (uint64_t)((double)rate * 1e-9 * (double)trip);
+	uint64_t window = holds + (is_active ? SHORT_SLACK : IDLE_SLACK);
 	uint64_t in_flight = __atomic_load_n(&link->in_flight, __ATOMIC_RELAXED);
 
 	if (__atomic_load_n(&link->error, __ATOMIC_ACQUIRE))
 		return 0;
+	if (is_active && is_long(link)) /* a link, and two machines, that are not quite busy hold up no fault */
+		window = holds - holds / 4 + LONG_SLACK;
 	if (!rate)
 		window = FIRST_WINDOW;
 	return window > in_flight ? window - in_flight : 0;
@@ -459,7 +462,10 @@ static void arrive(struct lz_remote *remote, const struct lz_request *request, u
 	bits_change(remote, remote->link->arrived_bits, (request->offset >> LZ_PAGE_SHIFT) + from, pages, true);
 	__atomic_sub_fetch(&remote->link->in_flight, pages << LZ_PAGE_SHIFT, __ATOMIC_RELAXED);
 	__atomic_add_fetch(&remote->link->total_bytes, pages << LZ_PAGE_SHIFT, __ATOMIC_RELAXED);
-	lz_engine_wake_worker(&remote->engine->worker[request->worker]);
+	/* Not for every piece of a large answer: what nobody waits for is installed as well a little later. */
+	if (request->answer_pages <= WAKE_PAGES || from + pages == request->answer_pages ||
+	    (from + pages) / WAKE_PAGES != from / WAKE_PAGES)
+		lz_engine_wake_worker(&remote->engine->worker[request->worker]);
 }
 
 int lz_answer_read(const uint8_t *header, uint32_t header_bytes, const struct lz_question *question,
@@ -601,10 +607,10 @@ static void measure(struct lz_remote *remote)
 	if (remote->measured_ns) {
 		rate = (uint64_t)((double)(link->total_bytes - remote->measured_bytes) * 1e9 /
 				  (double)(now - remote->measured_ns));
-		/* The mean, not the best: what a burst shows the link does not keep up, and faults would wait in its
-		 * queue. The window is larger than what the link holds at this rate, so the rate grows until the link
-		 * is full. */
-		__atomic_store_n(&link->rate, link->rate ? link->rate / 2 + rate / 2 : rate, __ATOMIC_RELAXED);
+		/* The best of late: less may be due to what was asked for. */
+		if (rate < link->rate - link->rate / 16)
+			rate = link->rate - link->rate / 16;
+		__atomic_store_n(&link->rate, rate, __ATOMIC_RELAXED);
 	}
 	remote->measured_ns = now;
 	remote->measured_bytes = link->total_bytes;

@@ -100,10 +100,13 @@ class Lab:
         with self._source() as (source, images, here):
             if who == "bare":
                 with here.inside():
-                    return {"seconds": ask_for_all(source, images)}
+                    seconds = ask_for_all(source, images)
+                    return {"seconds": seconds, "filling": seconds}
             os.sync()
             work = self._work / "remote" / "work"
-            extra = self._tls[1] if who == "stock" else (*self._tls[1], "--no-progress")
+            extra = self._tls[1]
+            if who != "stock":
+                extra = (*extra, "--no-progress", "--stats", str(work / "stats.json"))
             daemon = migration.start_daemon(
                 source, images, work, who=who, extra=extra, enter=here.enter, verbosity="-v1"
             )
@@ -136,6 +139,10 @@ class Lab:
             code = daemon.wait(self._patience)
         if code:
             raise AssertionError(f"{who} ended with {code}:\n{daemon.report()}\n{source.report()}")
+        if who != "stock":
+            # Without what comes after: the parting, which the source answers when it has ended its task.
+            moments = json.loads((daemon.work / "stats.json").read_text())["seconds"]
+            result["filling"] = moments["full"] - moments["restored"]
         return result
 
 
