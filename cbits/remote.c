@@ -408,7 +408,7 @@ uint64_t lz_remote_room(const struct lz_remote *remote, bool is_active)
 	if (__atomic_load_n(&link->error, __ATOMIC_ACQUIRE))
 		return 0;
 	if (is_active && is_long(link)) /* a link, and two machines, that are not quite busy hold up no fault */
-		window = holds - holds / 4 + LONG_SLACK;
+		window = holds - holds / 8 + LONG_SLACK;
 	if (!rate)
 		window = FIRST_WINDOW;
 	return window > in_flight ? window - in_flight : 0;
