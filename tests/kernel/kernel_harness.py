@@ -40,8 +40,8 @@ RACY_STORM = pytest.param(
     ["storm", "3", "200"],
     marks=pytest.mark.xfail(
         strict=False,
-        reason="about 1 in 100: a forked child has a page of zeros; most likely the server was killed between a madvise's"
-        " event and the fork that passed it, whose order nobody knows any more (README, Limits)",
+        reason="about 1 in 100: a forked child has a page of zeros; most likely the server was killed between a"
+        " madvise's event and the fork that passed it, whose order nobody knows any more (README, Limits)",
     ),
     id="storm",
 )
