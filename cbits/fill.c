@@ -300,7 +300,7 @@ static uint64_t ask_run(struct lz_worker *worker, struct lz_task *task, const st
 }
 
 /* Ask for what the last fault shows to be wanted next. */
-static void ask_near(struct lz_worker *worker, struct lz_task *task, uint64_t most, bool is_active)
+static void ask_near(struct lz_worker *worker, struct lz_task *task, bool is_active)
 {
 	struct lz_remote *remote = &worker->engine->remote;
 	struct lz_arena *arena = worker->engine->arena;
@@ -314,7 +314,7 @@ static void ask_near(struct lz_worker *worker, struct lz_task *task, uint64_t mo
 		return;
 	region = lz_space_region(arena, &task->space, (uint32_t)near);
 	page = PAGES(task->near - region->start);
-	end = page + most;
+	end = page + NEAR_PAGES;
 	while (lz_remote_room(remote, is_active) >= LZ_PAGE_SIZE &&
 	       lz_space_next_missing(arena, &task->space, (uint32_t)near, page, end, chunk, &run)) {
 		uint64_t dealt = ask_run(worker, task, region, &run);
@@ -336,8 +336,7 @@ static void ask_for_fill(struct lz_worker *worker, struct lz_task *task, bool is
 	struct lz_run run;
 	uint32_t number;
 
-	if (task->near)
-		ask_near(worker, task, NEAR_PAGES, is_active);
+	ask_near(worker, task, is_active);
 	if (lz_fill_next(worker, task, 1, &run, &number) && run.kind == LZ_KIND_REMOTE)
 		first = run.offset;
 	if (task->ask_generation != generation || (first != UINT64_MAX && !lz_remote_is_asked(remote, first))) {
@@ -421,7 +420,6 @@ static bool fill_task(struct lz_worker *worker, struct lz_task *task, uint64_t n
 		uint32_t number = 0;
 		int64_t near = task->near ? lz_space_find(arena, &task->space, task->near) : -1;
 		bool found = false, awaited = false; /* what is near is still on its way */
-		uint64_t there;
 		int result;
 
 		if (near >= 0) {
@@ -442,11 +440,9 @@ static bool fill_task(struct lz_worker *worker, struct lz_task *task, uint64_t n
 					return filled > 0 || lz_fill_done(worker, task);
 			}
 		}
-		there = arrived_pages(worker, &run);
-		if (!there)
+		run.pages = arrived_pages(worker, &run);
+		if (!run.pages)
 			break;
-		if (run.pages > there)
-			run.pages = there;
 		if (run.kind == LZ_KIND_DUMPED && !fetched_for_fill(worker, &run, !task->near))
 			break;
 		result = lz_install_run(worker, task, &run, LZ_BY_FILL);
@@ -474,11 +470,11 @@ static void fill_around(struct lz_worker *worker, struct lz_task *task)
 		uint64_t page = PAGES(task->near - region->start), end = page + most;
 
 		for (uint32_t copies = 0; copies < 4; copies++) {
-			if (!lz_space_next_missing(arena, &task->space, (uint32_t)number, page, end, most, &run) ||
-			    !arrived_pages(worker, &run))
+			if (!lz_space_next_missing(arena, &task->space, (uint32_t)number, page, end, most, &run))
 				break;
-			if (run.pages > arrived_pages(worker, &run))
-				run.pages = arrived_pages(worker, &run);
+			run.pages = arrived_pages(worker, &run);
+			if (!run.pages)
+				break;
 			if (!lz_task_outcome(worker, task, lz_install_run(worker, task, &run, LZ_BY_FAULT)) ||
 			    !lz_is_serving(task))
 				return;

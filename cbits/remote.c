@@ -5,7 +5,6 @@
 #include "engine.h"
 #include "wire.h"
 
-#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/sockios.h>

@@ -15,7 +15,6 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from enum import Enum
 
 from lazyd.errors import LazydError, ProtocolError
 from lazyd.report import Log
@@ -34,13 +33,6 @@ PROBE_S = 2.0
 DRAIN_S = 10.0
 SILENT_S = 5.0
 """For how long a server may leave requests unanswered before that is told."""
-
-
-class OnLoss(Enum):
-    """What becomes of tasks whose missing pages cannot be had any more."""
-
-    HOLD = "hold"
-    KILL = "kill"
 
 
 class RemotePages:
