@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -186,6 +187,18 @@ class Daemon:
         """The process that serves, once there is one."""
         wait_until(lambda: "server" in self.family(), f"a process that serves; the daemon said:\n{self.output}")
         return self.family()["server"]
+
+    def kill_servers(self, seed: int, *, within_s: float) -> None:
+        """Kill the process that serves, and the one in its place, each at a random moment."""
+        dice = random.Random(seed)
+        for _ in range(2):
+            time.sleep(dice.random() * within_s)
+            old = self.family().get("server", 0)
+            if old:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(old, signal.SIGKILL)
+            # It may have been done just then; else another one is there soon.
+            wait_until(lambda old=old: self.poll() is not None or self.family().get("server", old) != old, "another")
 
     def close(self) -> None:
         """End it and the processes it has made, whatever they are doing."""

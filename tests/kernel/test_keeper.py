@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import random
@@ -45,15 +44,7 @@ def test_the_server_is_killed_at_any_moment(stage, steps, fill):
         )
         skeleton.heard("runs")
         daemon.wait_for_line("restore finished")
-        dice = random.Random(number)
-        for _ in range(2):
-            time.sleep(dice.random() * 0.02)
-            old = daemon.family().get("server", 0)
-            if old:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(old, signal.SIGKILL)
-            # It may have been done just then; else another one is there soon.
-            wait_until(lambda old=old, of=daemon: of.poll() is not None or of.family().get("server", old) != old, "it")
+        daemon.kill_servers(number, within_s=0.02)
         result = skeleton.wait()
         assert result == (0, "ok\n"), f"{result}\n{daemon.output}"
         skeleton.close()

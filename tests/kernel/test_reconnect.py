@@ -178,14 +178,10 @@ def test_a_server_that_has_no_such_task_is_told_before_anything_is_restored(stag
         assert len(daemon.output.splitlines()) == 1
 
 
-class Held(Answers):
-    """A stock source, as far as that goes."""
-
-
 @pytest.mark.parametrize("way", Way)
 def test_a_stock_source_that_is_lost_is_told_and_nobody_reads_zeros(stage, way):
     """Cut anywhere, or stalled: what has come is right; the rest waits, and it is reported in seconds."""
-    source = stage.build_remote({PID: [full(BASE, 200)]}, Held)
+    source = stage.build_remote({PID: [full(BASE, 200)]}, Answers)
     at = 100_000
     with CuttingProxy(("127.0.0.1", source.port), [Plan(after_down=at, way=way)]) as proxy:
         daemon = stage.start_command(*words_of(proxy.port))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import random
@@ -105,14 +104,7 @@ def test_the_server_is_killed_at_any_moment(stage, steps, make):
         words = [*hand_over(LARGE, PID), "seed", str(number), "finish", "hangup", "say", "runs", *steps]
         skeleton = stage.start_skeleton(*words)
         skeleton.heard("runs")
-        dice = random.Random(number)
-        for _ in range(2):
-            time.sleep(dice.random() * 0.03)
-            old = daemon.family().get("server", 0)
-            if old:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(old, signal.SIGKILL)
-            wait_until(lambda old=old, of=daemon: of.poll() is not None or of.family().get("server", old) != old, "it")
+        daemon.kill_servers(number, within_s=0.03)
         result = skeleton.wait()
         assert result == (0, "ok\n"), f"{result}\n{daemon.output}"
         skeleton.close()
@@ -345,15 +337,9 @@ class Lazyd(Answers):
 def test_what_lazyd_s_server_says_of_pages_without_bytes(stage, fill):
     """Zeros are zeros; a page that it does not have raises SIGBUS, and is told."""
     vmas = [Vma(BASE, 64, [Run(BASE, 7), Run(BASE + 8 * PAGE, 56)])]
-    expected = ["sweep", "random", "1"]
-    stage.build_remote({PID: vmas}, Lazyd)
-    stage.close()
-    for path in stage.images.iterdir():
-        path.unlink()
-    stage.images.rmdir()
     source = stage.build_remote({PID: [full(BASE, 64)]}, Lazyd)
     daemon = stage.start_daemon(*source.words, *FILLS[fill])
-    words = [*hand_over(vmas, PID), "finish", "hangup", "bus", hex(Lazyd.LOST), "1", *expected]
+    words = [*hand_over(vmas, PID), "finish", "hangup", "bus", hex(Lazyd.LOST), "1", "sweep", "random", "1"]
     skeleton = stage.start_skeleton(*words)
     assert skeleton.wait() == (0, "ok\n"), daemon.output
     assert daemon.wait() == 1
