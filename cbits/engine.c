@@ -370,8 +370,8 @@ void lz_engine_descriptors(struct lz_engine *engine, uint8_t *is, uint32_t count
 
 		if (task->status == LZ_TASK_SERVING && task->uffd >= 0 && (uint32_t)task->uffd < count)
 			is[task->uffd] = LZ_DESCRIPTOR_SERVED;
-		for (uint32_t k = 0; k < task->events && k < LZ_BATCH_ROOM; k++) {
-			const struct lz_event *event = &task->event[k];
+		for (uint32_t k = 0; k < task->batch.events && k < LZ_BATCH_ROOM; k++) {
+			const struct lz_event *event = &task->event[task->batch.half][k];
 
 			if (event->event == UFFD_EVENT_FORK && event->uffd >= 0 && (uint32_t)event->uffd < count)
 				is[event->uffd] = LZ_DESCRIPTOR_SERVED;
@@ -427,6 +427,7 @@ int lz_engine_resume(struct lz_engine *engine)
 		if (task->status != LZ_TASK_SERVING)
 			continue;
 		lz_space_forget_asked(engine->arena, &task->space);
+		lz_fill_anew(task);
 		task->held_pages = 0;
 		task->near = 0;
 		task->unsettled_ns = 0;

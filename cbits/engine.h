@@ -28,6 +28,17 @@ struct lz_stream {
 	uint32_t age;
 };
 
+/*
+ * How far applying a task's events is, so that a process that goes on in the place of one that died does each once. One
+ * word: a batch is there or is applied as a whole, and there is nothing in between to die in.
+ */
+struct lz_batch {
+	_Alignas(8) uint16_t events;
+	uint16_t ordered;  /* events whose order is decided, in order; 0: none is being applied */
+	uint16_t progress; /* atomic: twice the number applied, plus 1 while saved is the truth */
+	uint16_t half;     /* where the events are */
+};
+
 /* One task. Lives in the arena; owned by one worker once attached, apart from status. */
 struct lz_task {
 	struct lz_space space;
@@ -52,22 +63,19 @@ struct lz_task {
 	uint32_t in_stream;  /* its last fault was one of a stream */
 	uint32_t backoff_ns; /* next wait after an EAGAIN */
 	uint64_t image_pages;
-	uint64_t left_pages;                  /* atomic for readers */
-	uint64_t last_fault;                  /* run address */
-	uint64_t near;                        /* run address where background fill goes on after a fault; 0: none */
-	uint64_t empty_ns;                    /* when its queue was last seen empty */
-	uint64_t fault_ns;                    /* when it last faulted */
-	uint64_t unsettled_ns;                /* its layout was changing: leave it alone until then */
-	uint64_t probe_ns;                    /* when to look whether its memory is still there */
-	uint64_t held_pages;                  /* neither installed nor poisoned: their faults stay blocked */
-	uint64_t event_ns;                    /* when its last layout event was read, or it came */
-	uint64_t watched_ns;                  /* when its unsettled layout was last looked at */
-	struct lz_event event[LZ_BATCH_ROOM]; /* read, not applied yet: see layout.h */
-	uint32_t events;
-	/* How far applying them is, so that a process that goes on in the place of one that died does each once. */
-	uint32_t ordered; /* events whose order is decided, in order; 0: none is being applied */
+	uint64_t left_pages;   /* atomic for readers */
+	uint64_t last_fault;   /* run address */
+	uint64_t near;         /* run address where background fill goes on after a fault; 0: none */
+	uint64_t empty_ns;     /* when its queue was last seen empty */
+	uint64_t fault_ns;     /* when it last faulted */
+	uint64_t unsettled_ns; /* its layout was changing: leave it alone until then */
+	uint64_t probe_ns;     /* when to look whether its memory is still there */
+	uint64_t held_pages;   /* neither installed nor poisoned: their faults stay blocked */
+	uint64_t event_ns;     /* when its last layout event was read, or it came */
+	uint64_t watched_ns;   /* when its unsettled layout was last looked at */
+	struct lz_batch batch;
+	struct lz_event event[2][LZ_BATCH_ROOM]; /* read, not applied yet: see layout.h; the half that batch says */
 	uint8_t order[LZ_BATCH_ROOM];
-	uint32_t progress;     /* atomic: twice the number applied, plus 1 while saved is the truth */
 	struct lz_space saved; /* the regions before a change that is not complete */
 	uint32_t applying;     /* this process is at it */
 	uint32_t adopted_late; /* taken up from a process that died in the middle: a fork may be there already */

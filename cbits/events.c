@@ -10,6 +10,12 @@
 #define MOST_READS 64U /* of a queue that does not get empty */
 #define WATCH_NS 3000U /* less than a thread needs from the end of a madvise to the layout change of a fork */
 
+/* The events of a task's batch. */
+static struct lz_event *events_of(struct lz_task *task)
+{
+	return task->event[task->batch.half];
+}
+
 static void drop_range(struct lz_worker *worker, struct lz_task *task, uint64_t start, uint64_t end)
 {
 	uint64_t dropped = lz_space_count_missing(worker->engine->arena, &task->space, start, end);
@@ -80,7 +86,7 @@ int lz_events_begin_change(struct lz_worker *worker, struct lz_task *task)
 	int result = lz_space_save(worker->engine->arena, &task->space, &task->saved);
 
 	if (!result)
-		__atomic_store_n(&task->progress, task->progress | 1, __ATOMIC_RELEASE);
+		__atomic_store_n(&task->batch.progress, task->batch.progress | 1, __ATOMIC_RELEASE);
 	LZ_POINT("changing", 0);
 	return result;
 }
@@ -88,7 +94,7 @@ int lz_events_begin_change(struct lz_worker *worker, struct lz_task *task)
 void lz_events_end_change(struct lz_task *task, uint32_t applied)
 {
 	LZ_POINT("changed", 0);
-	__atomic_store_n(&task->progress, 2 * applied, __ATOMIC_RELEASE);
+	__atomic_store_n(&task->batch.progress, (uint16_t)(2 * applied), __ATOMIC_RELEASE);
 }
 
 /* What an event does to what we know. A change of the regions is begun, and not ended, here. */
@@ -137,7 +143,7 @@ static enum lz_truth registered(void *context, int child, uint64_t address)
 	if (child == LZ_BEFORE)
 		return lz_space_find(question->worker->engine->arena, &task->space, address) < 0 ? LZ_UNKNOWN :
 												   LZ_REGISTERED;
-	uffd = child < 0 ? task->uffd : task->event[child].uffd;
+	uffd = child < 0 ? task->uffd : events_of(task)[child].uffd;
 	result = lz_uffd_probe(uffd, address, LZ_PAGE_SIZE);
 	if (result == -EFAULT && lz_uffd_probe(uffd, address - LZ_PAGE_SIZE, 2 * LZ_PAGE_SIZE) == -ENOENT)
 		answer = LZ_REGISTERED; /* and not with the page before it in one VMA */
@@ -150,16 +156,15 @@ static enum lz_truth registered(void *context, int child, uint64_t address)
 /* Apply what is ordered, from where that has come to. */
 static void apply_ordered(struct lz_worker *worker, struct lz_task *task)
 {
-	const uint32_t ordered = task->ordered;
+	const uint16_t ordered = task->batch.ordered;
+	struct lz_batch left = { .half = !task->batch.half };
 
 	task->applying = 1;
-	task->fill_region = 0;
-	task->ask_region = 0;
-	task->ask_page = 0;
+	lz_fill_anew(task);
 	task->near = 0;
 	lz_task_settle(task);
-	for (uint32_t i = task->progress / 2; i < ordered; i++) {
-		const struct lz_event *event = &task->event[task->order[i]];
+	for (uint32_t i = task->batch.progress / 2; i < ordered; i++) {
+		const struct lz_event *event = &events_of(task)[task->order[i]];
 		int result = 0;
 
 		if (lz_is_serving(task))
@@ -170,44 +175,37 @@ static void apply_ordered(struct lz_worker *worker, struct lz_task *task)
 		if (result < 0)
 			lz_task_fail(worker, task, result);
 	}
-	/* More may have come while a task that fails was read out. */
-	memmove(task->event, &task->event[ordered], (task->events - ordered) * sizeof(task->event[0]));
-	__atomic_store_n(&task->events, task->events - ordered, __ATOMIC_RELEASE);
-	__atomic_store_n(&task->ordered, 0, __ATOMIC_RELEASE);
-	__atomic_store_n(&task->progress, 0, __ATOMIC_RELEASE);
+	/* More may have come: while a task that fails was read out, or by a process that died. */
+	left.events = (uint16_t)(task->batch.events - ordered);
+	memcpy(task->event[left.half], &events_of(task)[ordered], left.events * sizeof(struct lz_event));
+	__atomic_store(&task->batch, &left, __ATOMIC_RELEASE);
 	task->adopted_late = 0;
 	task->applying = 0;
-	worker->outstanding -= !task->events;
+	worker->outstanding -= !task->batch.events;
 }
 
 static void find_order(struct lz_worker *worker, struct lz_task *task)
 {
 	struct question question = { worker, task };
 
-	lz_layout_order(task->event, task->events, registered, &question, task->order);
+	lz_layout_order(events_of(task), task->batch.events, registered, &question, task->order);
 }
 
 void lz_events_apply(struct lz_worker *worker, struct lz_task *task)
 {
-	if (!task->ordered) {
+	if (!task->batch.ordered) {
 		find_order(worker, task);
-		__atomic_store_n(&task->ordered, task->events, __ATOMIC_RELEASE);
+		__atomic_store_n(&task->batch.ordered, task->batch.events, __ATOMIC_RELEASE);
 	}
 	apply_ordered(worker, task);
 }
 
 void lz_events_take_up(struct lz_task *task)
 {
-	if (task->progress & 1)
-		lz_space_restore(&task->space, &task->saved);
+	if (task->batch.progress & 1)
+		task->space = task->saved; /* what the array was that is replaced is not known for sure: it is left */
+	__atomic_store_n(&task->batch.progress, task->batch.progress & ~1, __ATOMIC_RELEASE);
 	task->jobs = 0;
-	task->progress &= ~1U;
-	if (task->ordered && task->events < task->ordered) { /* all were applied, and just that not written down */
-		task->ordered = 0;
-		task->progress = 0;
-	}
-	if (!task->events)
-		task->progress = 0;
 	task->adopted_late = 1;
 	task->applying = 0;
 }
@@ -237,16 +235,16 @@ static bool event_of(const struct uffd_msg *message, struct lz_event *event)
 
 void lz_events_recover(struct lz_task *task, const struct uffd_msg *message)
 {
-	const struct lz_event *last = task->events ? &task->event[task->events - 1] : NULL;
+	const struct lz_event *last = task->batch.events ? &events_of(task)[task->batch.events - 1] : NULL;
 	struct lz_event event;
 
 	if (!event_of(message, &event))
 		return; /* a fault asks again */
 	if (last && last->event == event.event && last->start == event.start && last->end == event.end &&
 	    last->to == event.to && last->uffd == event.uffd)
-		return;                       /* kept already, and its message not cleared yet */
-	assert(task->events < LZ_BATCH_ROOM); /* a batch, and as many messages as are read at once */
-	task->event[task->events++] = event;
+		return;                             /* kept already, and its message not cleared yet */
+	assert(task->batch.events < LZ_BATCH_ROOM); /* a batch, and as many messages as are read at once */
+	events_of(task)[task->batch.events++] = event;
 }
 
 static void keep_event(struct lz_worker *worker, struct lz_task *task, const struct uffd_msg *message, uint64_t now)
@@ -259,22 +257,22 @@ static void keep_event(struct lz_worker *worker, struct lz_task *task, const str
 		return;
 	}
 	if (event.event == UFFD_EVENT_FORK)
-		event.overlapped = task->events == 1 && now - task->watched_ns < WATCH_NS;
+		event.overlapped = task->batch.events == 1 && now - task->watched_ns < WATCH_NS;
 	else if (event.event == UFFD_EVENT_REMAP)
 		lz_count(&worker->counters->remaps, 1);
 	else
 		lz_count(event.event == UFFD_EVENT_REMOVE ? &worker->counters->removes : &worker->counters->unmaps, 1);
-	if (task->events >= LZ_BATCH_ROOM - LZ_MESSAGES && !task->applying)
+	if (task->batch.events >= LZ_BATCH_ROOM - LZ_MESSAGES && !task->applying)
 		lz_events_apply(worker, task);
-	if (!lz_is_serving(task) || task->events == LZ_BATCH_ROOM)
+	if (!lz_is_serving(task) || task->batch.events == LZ_BATCH_ROOM)
 		return;
-	if (!task->events)
+	if (!task->batch.events)
 		worker->outstanding++;
-	if (!task->events || now - task->watched_ns < WATCH_NS)
+	if (!task->batch.events || now - task->watched_ns < WATCH_NS)
 		task->watched_ns = now;
 	task->event_ns = now;
-	task->event[task->events] = event;
-	__atomic_store_n(&task->events, task->events + 1, __ATOMIC_RELEASE);
+	events_of(task)[task->batch.events] = event;
+	__atomic_store_n(&task->batch.events, task->batch.events + 1, __ATOMIC_RELEASE);
 	LZ_POINT("event-kept", message->event);
 }
 
@@ -346,7 +344,7 @@ bool lz_events_settle(struct lz_worker *worker, struct lz_task *task)
 {
 	uint64_t now;
 
-	if (!task->events)
+	if (!task->batch.events)
 		return true;
 	now = lz_now_ns();
 	if (lz_uffd_settled(task->uffd) == -EAGAIN) {
@@ -356,11 +354,11 @@ bool lz_events_settle(struct lz_worker *worker, struct lz_task *task)
 		return false;
 	}
 	/* Settled, or the memory is gone: a child that it forked is not. */
-	if (!task->ordered) {
+	if (!task->batch.ordered) {
 		find_order(worker, task);
-		if (task->events > 1 && lz_uffd_settled(task->uffd) == -EAGAIN)
+		if (task->batch.events > 1 && lz_uffd_settled(task->uffd) == -EAGAIN)
 			return false; /* another change has begun, and the answers may be about it */
-		__atomic_store_n(&task->ordered, task->events, __ATOMIC_RELEASE);
+		__atomic_store_n(&task->batch.ordered, task->batch.events, __ATOMIC_RELEASE);
 	}
 	apply_ordered(worker, task);
 	return true;

@@ -303,7 +303,7 @@ void lz_fault_answer(struct lz_worker *worker, struct lz_task *task, struct lz_f
 
 	if (!lz_is_serving(task))
 		return;
-	if (task->events) {
+	if (task->batch.events) {
 		hold_fault(worker, task, fault, since, LZ_NO_READ); /* nothing can be installed now */
 		return;
 	}

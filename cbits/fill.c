@@ -34,6 +34,13 @@ static bool is_quiet(const struct lz_worker *worker, const struct lz_task *task,
 	return now >= task->event_ns + QUIET_NS && now >= start_ns + SETTLED_IN_NS;
 }
 
+void lz_fill_anew(struct lz_task *task)
+{
+	task->fill_region = 0;
+	task->ask_region = 0;
+	task->ask_page = 0;
+}
+
 /*
  * Give a done block back to the kernel. The head of worker.c says why in this order. A VMA that grows in the middle of
  * it, which no event tells, is cut where it ended, and an mremap of the whole of it fails until the two halves are one
@@ -82,9 +89,7 @@ static void hand_back(struct lz_worker *worker, struct lz_task *task, uint32_t n
 	if (!lz_events_begin_change(worker, task))
 		(void)lz_space_unmap(arena, &task->space, start, end); /* ends at region ends: nothing is cut */
 	lz_events_end_change(task, 0);
-	task->fill_region = 0;
-	task->ask_region = 0;
-	task->ask_page = 0;
+	lz_fill_anew(task);
 }
 
 /*
@@ -166,10 +171,30 @@ static void hand_back_empty(struct lz_worker *worker, struct lz_task *task)
 	}
 }
 
-/* Nothing is missing any more: close the uffd, unless a page is held back whose faults must stay blocked. */
+/* Whether a page is missing, whatever the fill has come to believe; then the fill goes on there. */
+static bool is_one_missing(struct lz_worker *worker, struct lz_task *task)
+{
+	struct lz_arena *arena = worker->engine->arena;
+	struct lz_run run;
+
+	for (uint32_t i = 0; i < task->space.regions; i++) {
+		uint64_t pages = lz_space_region(arena, &task->space, i)->pages;
+
+		if (lz_space_next_missing(arena, &task->space, i, 0, pages, 1, &run)) {
+			lz_fill_again(worker, task, run.start);
+			return true;
+		}
+	}
+	return false;
+}
+
+/*
+ * Nothing is missing any more: close the uffd, unless a page is held back whose faults must stay blocked. What is
+ * missing then reads as zeros for ever, so this one looks for itself.
+ */
 bool lz_fill_done(struct lz_worker *worker, struct lz_task *task)
 {
-	if (task->held_pages || task->jobs)
+	if (task->held_pages || task->jobs || is_one_missing(worker, task))
 		return false;
 	lz_task_end(worker, task, LZ_TASK_FILLED, (struct lz_notice){ .kind = LZ_NOTICE_TASK_FILLED });
 	return true;
@@ -497,7 +522,7 @@ bool lz_fill(struct lz_worker *worker, uint64_t now)
 
 		if (now < task->unsettled_ns)
 			continue;
-		if (task->events)
+		if (task->batch.events)
 			continue;
 		if (task->handed_back != 1 && is_quiet(worker, task, now))
 			hand_back_empty(worker, task);

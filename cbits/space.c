@@ -206,30 +206,33 @@ void lz_space_forget_asked(struct lz_arena *arena, struct lz_space *space)
 	}
 }
 
+void lz_space_drop_saved(struct lz_arena *arena, const struct lz_space *space, struct lz_space *saved)
+{
+	if (saved->regions_offset != space->regions_offset)
+		lz_arena_release(arena, saved->regions_offset, saved->region_capacity * sizeof(struct lz_region));
+	memset(saved, 0, sizeof(*saved));
+}
+
 int lz_space_save(struct lz_arena *arena, const struct lz_space *space, struct lz_space *saved)
 {
 	struct lz_space copy = *space;
 
-	if (saved->region_capacity < space->regions) {
+	if (saved->region_capacity < space->regions || saved->regions_offset == space->regions_offset) {
+		struct lz_space old = *saved;
 		uint64_t offset = lz_arena_alloc(arena, space->region_capacity * sizeof(struct lz_region));
 
 		if (!offset)
 			return -ENOMEM;
-		lz_arena_release(arena, saved->regions_offset, saved->region_capacity * sizeof(struct lz_region));
-		saved->regions_offset = offset;
+		/* In this order: what was released and may be somebody else's is not written to any more. */
+		__atomic_store_n(&saved->regions_offset, offset, __ATOMIC_SEQ_CST);
 		saved->region_capacity = space->region_capacity;
+		lz_space_drop_saved(arena, space, &old);
 	}
 	copy.regions_offset = saved->regions_offset;
 	copy.region_capacity = saved->region_capacity;
 	*saved = copy;
 	memcpy(regions_of(arena, saved), regions_of(arena, space), space->regions * sizeof(struct lz_region));
 	return 0;
-}
-
-void lz_space_restore(struct lz_space *space, struct lz_space *saved)
-{
-	*space = *saved; /* what the array was that is replaced is not known for sure: it is left */
-	memset(saved, 0, sizeof(*saved));
 }
 
 void lz_space_drop(struct lz_arena *arena, struct lz_space *space)

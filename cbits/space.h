@@ -19,10 +19,13 @@ uint64_t lz_space_state_run(struct lz_arena *arena, const struct lz_space *space
 uint32_t lz_space_first_after(struct lz_arena *arena, const struct lz_space *space, uint64_t address);
 /* Make every page that is asked for missing again, and the fill begin anew: nobody knows who asked. */
 void lz_space_forget_asked(struct lz_arena *arena, struct lz_space *space);
-/* Keep a copy of a space's regions in *saved, whose array is its own and is used again. */
+/*
+ * Keep a copy of a space's regions in *saved, whose array is its own and is used again, unless the space was put back
+ * from it, by assignment, and so has it. If the process dies in between, *saved is fit to be saved to again.
+ */
 int lz_space_save(struct lz_arena *arena, const struct lz_space *space, struct lz_space *saved);
-/* Put the regions back as they were saved; *saved is used up. */
-void lz_space_restore(struct lz_space *space, struct lz_space *saved);
+/* Drop what was saved, before the space is. */
+void lz_space_drop_saved(struct lz_arena *arena, const struct lz_space *space, struct lz_space *saved);
 /*
  * Find the regions that touch a done region end to end. True, and which, when all of them are done: only then does
  * no VMA that they share with others hold a missing page.

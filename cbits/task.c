@@ -38,7 +38,7 @@ int lz_task_adopt(struct lz_worker *worker, struct lz_task *task)
 	task->backoff_ns = FIRST_BACKOFF_NS;
 	task->empty_ns = lz_now_ns();
 	task->event_ns = task->empty_ns;
-	worker->outstanding += task->events > 0; /* kept by a process that is dead */
+	worker->outstanding += task->batch.events > 0; /* kept by a process that is dead */
 	worker->task[worker->tasks++] = task;
 	return 0;
 }
@@ -70,16 +70,15 @@ void lz_task_end(struct lz_worker *worker, struct lz_task *task, enum lz_task_st
 	LZ_POINT("uffd-closing", 0);
 	close(uffd);
 	__atomic_store_n(&task->closing, 0, __ATOMIC_RELEASE);
+	lz_space_drop_saved(arena, &task->space, &task->saved);
 	lz_space_drop(arena, &task->space);
-	lz_arena_release(arena, task->saved.regions_offset, task->saved.region_capacity * sizeof(struct lz_region));
-	memset(&task->saved, 0, sizeof(task->saved));
 	notice.task = task->number;
 	lz_notify(worker, notice);
 }
 
 void lz_task_gone(struct lz_worker *worker, struct lz_task *task)
 {
-	if (task->events && !task->applying)
+	if (task->batch.events && !task->applying)
 		lz_events_apply(worker, task); /* a child that it forked lives on */
 	if (!lz_is_serving(task))
 		return;
@@ -164,7 +163,7 @@ void lz_task_fail(struct lz_worker *worker, struct lz_task *task, int error)
 {
 	int64_t missed;
 
-	if (task->events && !task->applying)
+	if (task->batch.events && !task->applying)
 		lz_events_apply(worker, task);
 	if (!lz_is_serving(task))
 		return;

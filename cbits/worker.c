@@ -65,7 +65,7 @@ static void serve(struct lz_worker *worker, struct lz_task *task)
 
 	lz_helper_hold(worker); /* from what is read to what is answered */
 	found = lz_events_read(worker, task, faults, FAULTS);
-	if (lz_is_serving(task) && task->events) {
+	if (lz_is_serving(task) && task->batch.events) {
 		/* The thread that waits for us needs a few µs to go on. */
 		uint64_t until = lz_now_ns() + SETTLE_NS;
 
@@ -88,7 +88,7 @@ static void serve_outstanding(struct lz_worker *worker, uint64_t now)
 	for (uint32_t i = worker->tasks; i-- > 0;) {
 		struct lz_task *task = worker->task[i];
 
-		if (task->events && now >= task->unsettled_ns)
+		if (task->batch.events && now >= task->unsettled_ns)
 			serve(worker, task);
 	}
 }
@@ -106,7 +106,7 @@ static void probe_tasks(struct lz_worker *worker, uint64_t now)
 		if (now < task->probe_ns)
 			continue;
 		task->probe_ns = now + interval;
-		if (task->events)
+		if (task->batch.events)
 			continue;
 		if (lz_uffd_settled(task->uffd) == -ESRCH)
 			lz_task_gone(worker, task);

@@ -107,9 +107,11 @@ void lz_events_recover(struct lz_task *task, const struct uffd_msg *message);
 bool lz_fill(struct lz_worker *worker, uint64_t now);
 /* The next missing run of a task in order; false when no image page of it is missing. */
 bool lz_fill_next(struct lz_worker *worker, struct lz_task *task, uint64_t most, struct lz_run *run, uint32_t *region);
+/* Begin with the first region again: their numbers have changed, or pages of them are missing again. */
+void lz_fill_anew(struct lz_task *task);
 /* A page at a run address is missing again: the fill has to come back to it. */
 void lz_fill_again(struct lz_worker *worker, struct lz_task *task, uint64_t address);
-/* End a task of which nothing is missing; false when pages are held back whose faults must stay blocked. */
+/* End a task of which nothing is missing; false when something is, or is held back and its faults must stay blocked. */
 bool lz_fill_done(struct lz_worker *worker, struct lz_task *task);
 
 #endif

@@ -372,6 +372,7 @@ struct scene {
 	enum lz_fill fill;
 	uint32_t vmas;  /* 1, or 2: a second of the same size without image bytes at BASE + 1 GiB */
 	bool guarded;   /* a copy of this process serves, see take_over */
+	bool split;     /* the VMA is two, the second an eighth of it */
 	uint32_t flags; /* of the VMA at BASE */
 	int *source_fd; /* out, when not NULL: the pages image */
 	bool remote;    /* the pages from the fifth on come from a page server */
@@ -477,6 +478,10 @@ static void set_up(const struct scene *scene)
 
 	control = mmap(NULL, sizeof(*control), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	CHECK(control != MAP_FAILED);
+	if (scene->split) {
+		vmas[0].end = vmas[1].start = BASE + length / 8 * 7;
+		vmas[1].end = BASE + length;
+	}
 	CHECK(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, link));
 	victim = fork();
 	if (!victim)
@@ -1006,6 +1011,23 @@ static void test_killed_at_copy(void)
 	}
 }
 
+/* Killed while the helper has pages of a VMA that the fill has passed: they are missing again, and come. */
+static void test_killed_behind_the_helper(void)
+{
+	struct scene scene = { .pages = 4096, .fill = LZ_FILL_FULL, .vmas = 2, .guarded = true, .split = true };
+
+	arm("helper-copy", 0); /* in the process that serves: its helper stays there */
+	set_up(&scene);
+	let_go();
+	usleep(300000); /* long enough for the fill to come to where nothing is left but what the helper has */
+	kill(server, SIGKILL);
+	take_over((int)totals().serving); /* none where the worker was faster than any helper */
+	wait_served(0);
+	check_pages(BASE, BASE, 0, scene.pages, scene.pages);
+	CHECK(totals().left_pages == 0);
+	tear_down();
+}
+
 /* Killed with an event read and not kept, kept and not applied: it is not lost, and the task goes on. */
 static void test_killed_at_event(void)
 {
@@ -1344,6 +1366,7 @@ int main(int argc, char **argv)
 		TEST(test_helper_and_drop),
 		TEST(test_faults_where_the_helper_is),
 		TEST(test_killed_at_copy),
+		TEST(test_killed_behind_the_helper),
 		TEST(test_killed_at_event),
 		TEST(test_killed_while_applying),
 		TEST(test_killed_at_hand_back),
