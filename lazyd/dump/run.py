@@ -47,8 +47,8 @@ from lazyd.target.mappings import Mapping, find_guards
 from lazyd.target.others import Others
 from lazyd.target.process import children, descendants
 from lazyd.target.state import TaskState, read_state
-from lazyd.target.survey import Look, Survey, check_is_process, has_ended, look_at_all, refuse, started_at
-from lazyd.target.tracing import StoppedTask, thread_ids
+from lazyd.target.survey import Look, Survey, check_is_process, look_at_all, refuse, started_at
+from lazyd.target.tracing import StoppedTask, has_ended, thread_ids
 from lazyd.target.userfault import UFFD_USER_MODE_ONLY, open_userfaultfd
 from lazyd.tls.settings import Files
 from lazyd.tuples import NamedTuple

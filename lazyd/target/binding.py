@@ -27,3 +27,6 @@ with deferred("logging", "traceback", "ptrace.logging_tools"):
     from ptrace.binding.func import ptrace
 
 __all__ = ["PtraceError", "ptrace"]
+
+WALL = 0x40000000
+"""__WALL, include/uapi/linux/wait.h"""

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from lazyd.errors import RestoreError, SystemCallError
 from lazyd.target._target import ffi, lib
+from lazyd.target.binding import WALL
 from lazyd.target.remote import Call, RemoteCalls, find_room, signed
 from lazyd.target.tracing import (
     PTRACE_CONT,
@@ -39,7 +40,6 @@ from lazyd.target.tracing import (
     PTRACE_O_TRACESYSGOOD,
     PTRACE_SETOPTIONS,
     PTRACE_SYSCALL,
-    WALL,
     Registers,
     StoppedTask,
     Thread,

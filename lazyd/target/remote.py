@@ -43,12 +43,12 @@ from types import TracebackType
 from typing import TypeAlias, TypeVar
 
 from lazyd.errors import DumpError, SystemCallError
+from lazyd.target.binding import WALL
 from lazyd.target.tracing import (
     PTRACE_CONT,
     PTRACE_EVENT_STOP,
     PTRACE_POKEDATA,
     PTRACE_SYSCALL,
-    WALL,
     Registers,
     StoppedTask,
     Thread,

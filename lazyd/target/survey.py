@@ -29,7 +29,7 @@ from lazyd.target.descriptors import (
 )
 from lazyd.target.mappings import DELETED, Known, Mapping, path_problem, read_mappings
 from lazyd.target.process import children, read_small, stat_fields
-from lazyd.target.tracing import status_fields, thread_ids
+from lazyd.target.tracing import changes_too_fast, has_ended, status_fields, thread_ids
 from lazyd.tuples import NamedTuple
 
 _PF_KTHREAD, _PF_IO_WORKER = 0x00200000, 0x00000010  # include/linux/sched.h; field 9 of stat
@@ -117,7 +117,7 @@ class Survey:
                 return look
             if has_ended(self.pid):
                 raise DumpError(f"process {self.pid} has ended")
-        raise DumpError(f"process {self.pid} changes faster than it can be looked at (exec, mmap); try again")
+        raise changes_too_fast(self.pid)
 
     def _look(self) -> Look | None:
         """Return the same, or None if something was gone before it could be looked at: the task runs."""
@@ -244,14 +244,6 @@ def _has_memory(pid: int) -> bool:
     with suppress(OSError):
         return "VmSize" in status_fields(pid)
     return False
-
-
-def has_ended(pid: int) -> bool:
-    """Say whether a process has ended, all its threads."""
-    with suppress(OSError):
-        fields = status_fields(pid)
-        return fields["State"][0] in "ZX" and int(fields.get("Threads", "1")) == 1
-    return True
 
 
 def has_terminal(descriptors: list[Descriptor]) -> bool:

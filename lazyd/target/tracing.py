@@ -35,9 +35,10 @@ from pathlib import Path
 from types import TracebackType
 
 from lazyd.errors import DumpError, SystemCallError
-from lazyd.target.binding import PtraceError
+from lazyd.target.binding import WALL, PtraceError
 from lazyd.target.binding import ptrace as _ptrace
 from lazyd.target.process import read_small
+from lazyd.target.reaper import Reaper
 from lazyd.tuples import NamedTuple
 
 # include/uapi/linux/ptrace.h; python-ptrace names only the older half.
@@ -67,7 +68,6 @@ PTRACE_EVENT_CLONE, PTRACE_EVENT_EXEC, PTRACE_EVENT_STOP = 3, 4, 128
 PTRACE_PEEKSIGINFO_SHARED = 1
 NT_PRSTATUS = 1
 NT_X86_XSTATE = 0x202
-WALL = 0x40000000  # __WALL, include/uapi/linux/wait.h
 
 # The kernel's own, include/linux/errno.h: what a system call "returns" that is about to be restarted.
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
@@ -377,6 +377,11 @@ def thread_ids(pid: int) -> list[int]:
         return []
 
 
+def changes_too_fast(pid: int) -> DumpError:
+    """Return the error of a task that is another one before it was looked at."""
+    return DumpError(f"process {pid} changes faster than it can be looked at (exec, mmap); try again")
+
+
 class StoppedTask:
     """A task with all its threads stopped. As a context manager it lets them go at the end."""
 
@@ -386,16 +391,24 @@ class StoppedTask:
         self.threads: list[Thread] = []
         self._ended: list[Thread] = []
         try:
-            self._stop(time.monotonic() + timeout)
+            with Reaper() as reaper:
+                self._stop(time.monotonic() + timeout, reaper)
         except BaseException:
             self.release()
             raise
 
-    def _stop(self, deadline: float) -> None:
+    def _stop(self, deadline: float, reaper: Reaper) -> None:
         known: set[int] = set()
         while new := [tid for tid in thread_ids(self.pid) if tid not in known]:
             known.update(new)
-            seized = [thread for thread in map(self._seize, new) if thread is not None]
+            if len(known) > 1:
+                reaper.start()
+            seized = []
+            for tid in new:
+                if (thread := self._seize(tid)) is not None:
+                    seized.append(thread)
+                    if not thread.is_leader:
+                        reaper.add(tid)
             # Every one is asked before any is waited for: they stop at the same time.
             self.threads += seized
             for thread in seized:
@@ -409,8 +422,10 @@ class StoppedTask:
             thread.is_leader for thread in self._ended
         )
         self.threads = [thread for thread in self.threads if thread not in self._ended]
-        if not self.threads or state_of(self.pid) == "X":
+        if state_of(self.pid) == "X" or (not self.threads and has_ended(self.pid)):
             raise DumpError(f"process {self.pid} has ended")
+        if not self.threads:  # an exec has ended those that were there
+            raise changes_too_fast(self.pid)
         if not has_leader:
             raise DumpError(
                 f"the main thread of process {self.pid} has ended, its other threads run on: that cannot be dumped"
@@ -484,3 +499,11 @@ def state_of(tid: int) -> str:
     with suppress(OSError):
         return status_fields(tid)["State"][0]
     return "X"
+
+
+def has_ended(pid: int) -> bool:
+    """Say whether a process has ended, all its threads."""
+    with suppress(OSError):
+        fields = status_fields(pid)
+        return fields["State"][0] in "ZX" and int(fields.get("Threads", "1")) == 1
+    return True

@@ -150,6 +150,47 @@ def test_a_task_without_room(start, monkeypatch):
 # ---- what cannot be stopped ----
 
 
+EXECUTES = """
+import os, sys, threading
+def execute():
+    sys.stdin.buffer.raw.read(1)
+    os.execv("/bin/echo", ["echo", "executed"])
+threading.Thread(target=threading.Event().wait).start()
+threading.Thread(target=execute).start()
+print("ready", flush=True)
+threading.Event().wait()
+"""
+
+
+def test_a_thread_executes_a_program_while_others_are_seized(monkeypatch):
+    """The kernel has the exec wait for who has seized them, and who seizes the thread wait for the exec."""
+    pipe = subprocess.PIPE
+    victim = subprocess.Popen([sys.executable, "-c", EXECUTES], stdin=pipe, stdout=pipe, start_new_session=True)
+    try:
+        assert victim.stdout.readline() == b"ready\n"
+        _, _, executes = tracing.thread_ids(victim.pid)
+        seized = []
+        seize = tracing.Thread.__init__
+
+        def seize_late(thread, tid, *words, **named):
+            if tid == executes and seized:
+                victim.stdin.write(b"x")
+                victim.stdin.flush()
+                wait_until(lambda: tracing.state_of(executes) == "D", "the exec to wait for the others")
+            seized.append(tid)
+            seize(thread, tid, *words, **named)
+
+        monkeypatch.setattr(tracing.Thread, "__init__", seize_late)
+        with contextlib.suppress(DumpError):
+            StoppedTask(victim.pid).release()
+        assert executes in seized
+        assert victim.communicate(timeout=20) == (b"executed\n", None)
+        assert victim.returncode == 0
+    finally:
+        victim.kill()
+        victim.wait()
+
+
 def test_the_parent_of_a_vfork_is_refused(tmp_path):
     source = tmp_path / "vfork.c"
     source.write_text("#include <unistd.h>\nint main(void) { if (!vfork()) { pause(); _exit(0); } pause(); }\n")
