@@ -6,6 +6,10 @@
 #include <assert.h>
 #include <string.h>
 
+/* What speaks against an order; each weighs more than all that follow can. */
+#define NEVER UINT32_MAX
+#define CONTRADICTION (1U << 20)
+#define LATE (1U << 10)
 #define POINTS (2 * LZ_BATCH + LZ_BATCH * LZ_BATCH / 4) /* and where a move goes to what is unmapped */
 
 struct puzzle {
@@ -29,8 +33,7 @@ static bool holds(uint64_t start, uint64_t end, uint64_t address)
 static enum lz_truth effect(const struct lz_event *event, uint64_t address)
 {
 	switch (event->event) {
-	case UFFD_EVENT_REMAP:
-		/* Of the old place it says nothing: MREMAP_DONTUNMAP leaves it, any other has an UNMAP of its own. */
+	case UFFD_EVENT_REMAP: /* of the old place see predict() */
 		return holds(event->to, event->to + (event->end - event->start), address) ? LZ_REGISTERED : LZ_UNKNOWN;
 	case UFFD_EVENT_UNMAP:
 		return holds(event->start, event->end, address) ? LZ_NOT_REGISTERED : LZ_UNKNOWN;
@@ -39,17 +42,38 @@ static enum lz_truth effect(const struct lz_event *event, uint64_t address)
 	}
 }
 
-/* What the first `count` events of an order leave of a point. */
+/*
+ * What the first `count` events of an order leave of a point. Of the old place of an mremap nothing is known after it:
+ * it is gone, and its UNMAP comes later, but tells of the same moment; or MREMAP_DONTUNMAP has left it.
+ */
 static enum lz_truth predict(const struct lz_event *events, const uint8_t *order, uint32_t count, uint64_t address,
 			     enum lz_truth before)
 {
 	for (uint32_t i = 0; i < count; i++) {
-		enum lz_truth made = effect(&events[order[i]], address);
+		const struct lz_event *event = &events[order[i]];
+		enum lz_truth made = effect(event, address);
 
 		if (made != LZ_UNKNOWN)
 			before = made;
+		else if (event->event == UFFD_EVENT_REMAP && holds(event->start, event->end, address))
+			before = LZ_UNKNOWN;
 	}
 	return before;
+}
+
+/*
+ * Whether a point that is not registered after the first `count` events of an order may be all the same: a VMA that
+ * ended there has grown, which no event tells, and the page before it went later.
+ */
+static bool may_have_grown(const struct lz_event *events, const uint8_t *order, uint32_t count, uint64_t address)
+{
+	for (uint32_t i = count; i-- > 0;) {
+		if (effect(&events[order[i]], address) != LZ_UNKNOWN)
+			return false;
+		if (effect(&events[order[i]], address - 1) == LZ_NOT_REGISTERED)
+			return true;
+	}
+	return false;
 }
 
 /* How many points the first `count` events of an order leave other than the truth says. */
@@ -59,9 +83,11 @@ static uint32_t contradictions(const struct puzzle *puzzle, const uint8_t *order
 	uint32_t score = 0;
 
 	for (uint32_t p = 0; p < puzzle->points; p++) {
-		enum lz_truth predicted = predict(puzzle->events, order, count, puzzle->point[p], puzzle->before[p]);
+		uint64_t address = puzzle->point[p];
+		enum lz_truth predicted = predict(puzzle->events, order, count, address, puzzle->before[p]);
 
-		score += predicted != LZ_UNKNOWN && truth[p] != LZ_UNKNOWN && predicted != truth[p];
+		score += predicted != LZ_UNKNOWN && truth[p] != LZ_UNKNOWN && predicted != truth[p] &&
+			 (predicted == LZ_REGISTERED || !may_have_grown(puzzle->events, order, count, address));
 	}
 	return score;
 }
@@ -121,37 +147,119 @@ static void try_orders(struct puzzle *puzzle, uint8_t *order, uint32_t placed, u
 	}
 }
 
-/* How many of the moves, in the order found, took effect before a fork. */
-static uint32_t place_of_fork(const struct puzzle *puzzle, uint8_t fork, lz_truth_function *truth, void *context)
+/* Whether two events are about a common address: then their order matters. */
+static bool touch(const struct lz_event *one, const struct lz_event *other)
 {
-	enum lz_truth in_child[POINTS];
-	uint32_t as_read = 0, best = 0, best_score = UINT32_MAX;
+	const uint64_t length = one->end - one->start, other_length = other->end - other->start;
 
-	for (uint32_t p = 0; p < puzzle->points; p++)
-		in_child[p] = truth(context, fork, puzzle->point[p]);
-	for (uint32_t i = 0; i < puzzle->moves; i++)
-		as_read += puzzle->best[i] < fork;
-	if (puzzle->events[fork].overlapped) {
-		/* The child has what the madvise, not yet gone on, was to drop. With several, the last: it is rare
-		 * enough that one thread passes another, and a fork is the slowest to be passed. */
-		for (uint32_t i = as_read; i-- > 0;) {
-			if (puzzle->events[puzzle->best[i]].event == UFFD_EVENT_REMOVE) {
-				as_read = i;
-				break;
-			}
+	for (int of_one = 0; of_one < (one->event == UFFD_EVENT_REMAP ? 2 : 1); of_one++) {
+		for (int of_other = 0; of_other < (other->event == UFFD_EVENT_REMAP ? 2 : 1); of_other++) {
+			uint64_t start = of_one ? one->to : one->start;
+			uint64_t other_start = of_other ? other->to : other->start;
+
+			if (start < other_start + other_length && other_start < start + length)
+				return true;
 		}
 	}
-	for (uint32_t m = 0; m <= puzzle->moves; m++) {
-		uint32_t distance = m < as_read ? as_read - m : m - as_read;
-		/* a contradiction weighs more than any distance */
-		uint32_t score = contradictions(puzzle, puzzle->best, m, in_child) * (LZ_BATCH + 1) + distance;
+	return false;
+}
 
-		if (score < best_score) {
-			best_score = score;
-			best = m;
-		}
+/* Where the forks of a batch go among its moves; sets of moves are bits by their place in puzzle->best. */
+struct plan {
+	const struct puzzle *puzzle;
+	uint32_t count;                           /* events of the batch */
+	uint32_t wrong[LZ_BATCH][1U << LZ_BATCH]; /* see wrong_for_fork(), plus 1; 0: not asked */
+	enum lz_truth in_child[LZ_BATCH][POINTS];
+	uint32_t best_cost;
+	uint8_t best[LZ_BATCH];
+};
+
+/* How much the child of a fork, by event, has other than if just these moves had taken effect before. */
+static uint32_t wrong_for_fork(struct plan *plan, uint8_t fork, uint32_t set)
+{
+	const struct puzzle *puzzle = plan->puzzle;
+	uint8_t order[LZ_BATCH];
+	uint32_t count = 0;
+
+	if (!plan->wrong[fork][set]) {
+		for (uint32_t i = 0; i < puzzle->moves; i++)
+			if (set >> i & 1)
+				order[count++] = puzzle->best[i];
+		plan->wrong[fork][set] = contradictions(puzzle, order, count, plan->in_child[fork]) * CONTRADICTION + 1;
 	}
-	return best;
+	return plan->wrong[fork][set] - 1;
+}
+
+/* Whether two events were read in this order; an overlapped fork as if before the drop. */
+static bool was_before(const struct puzzle *puzzle, uint32_t one, uint32_t other)
+{
+	const struct lz_event *events = puzzle->events;
+	uint32_t drop = one, fork = other;
+
+	if (one > other) {
+		drop = other;
+		fork = one;
+	}
+	if (!events[fork].overlapped || events[drop].event != UFFD_EVENT_REMOVE)
+		return one < other;
+	/* The child has what the madvise, not yet gone on, was to drop. With several, the last: it is rare enough
+	 * that one thread passes another, and a fork is the slowest to be passed. */
+	for (uint32_t i = drop + 1; i < fork; i++)
+		if (events[i].event == UFFD_EVENT_REMOVE)
+			return one < other;
+	return one == fork;
+}
+
+/* What speaks against an event being the next: events that were read before it and are not placed yet. */
+static uint32_t lateness(const struct plan *plan, uint32_t next, uint32_t used)
+{
+	const struct lz_event *events = plan->puzzle->events;
+	bool is_late = false;
+	uint32_t distance = 0;
+
+	for (uint32_t i = 0; i < plan->count; i++) {
+		if (i == next || used >> i & 1 || !was_before(plan->puzzle, i, next))
+			continue;
+		is_late = true;
+		/* It goes on, and drops, only when its event was read. */
+		if (events[next].event == UFFD_EVENT_REMOVE && events[i].event == UFFD_EVENT_FORK)
+			return NEVER;
+		if ((events[i].event == UFFD_EVENT_FORK) != (events[next].event == UFFD_EVENT_FORK))
+			distance += i < next ? next - i : i - next;
+	}
+	return is_late ? LATE + distance : 0;
+}
+
+/*
+ * Try every order that keeps the moves that touch each other in the order found, as they were read first. The one that
+ * contradicts least; then, in which the fewest events were read late: each is a thread that stood still in between.
+ */
+static void place_rest(struct plan *plan, uint8_t *order, uint32_t placed, uint32_t used, uint32_t set, uint32_t cost)
+{
+	const struct puzzle *puzzle = plan->puzzle;
+
+	if (cost >= plan->best_cost)
+		return;
+	if (placed == plan->count) {
+		plan->best_cost = cost;
+		memcpy(plan->best, order, placed);
+		return;
+	}
+	for (uint32_t next = 0; next < plan->count; next++) {
+		bool is_fork = puzzle->events[next].event == UFFD_EVENT_FORK, is_free = true;
+		uint32_t at = 0, late;
+
+		if (used >> next & 1)
+			continue;
+		for (; !is_fork && puzzle->best[at] != next; at++)
+			is_free &= set >> at & 1 || !touch(&puzzle->events[puzzle->best[at]], &puzzle->events[next]);
+		late = is_free ? lateness(plan, next, used) : NEVER;
+		if (late == NEVER)
+			continue;
+		order[placed] = (uint8_t)next;
+		place_rest(plan, order, placed + 1, used | 1U << next, is_fork ? set : set | 1U << at,
+			   cost + late + (is_fork ? wrong_for_fork(plan, (uint8_t)next, set) : 0));
+	}
 }
 
 /* The first address that a move goes to and another event unmaps, in *address; false when there is none. */
@@ -215,8 +323,7 @@ void lz_layout_order(const struct lz_event *events, uint32_t count, lz_truth_fun
 {
 	struct puzzle puzzle = { .events = events, .best_score = UINT32_MAX };
 	uint8_t attempt[LZ_BATCH];
-	uint32_t filled = 0;
-	uint32_t place[LZ_BATCH];
+	struct plan plan = { .puzzle = &puzzle, .count = count, .best_cost = UINT32_MAX };
 	uint64_t address;
 
 	if (count > LZ_BATCH) {
@@ -244,17 +351,13 @@ void lz_layout_order(const struct lz_event *events, uint32_t count, lz_truth_fun
 		memcpy(puzzle.best, puzzle.move, puzzle.moves);
 	else
 		try_orders(&puzzle, attempt, 0, 0);
-	for (uint32_t i = 0; i < count; i++) {
-		if (events[i].event == UFFD_EVENT_FORK)
-			place[i] = puzzle.moves ? place_of_fork(&puzzle, (uint8_t)i, truth, context) : 0;
+	if (puzzle.moves == count) {
+		memcpy(order, puzzle.best, count);
+		return;
 	}
-	for (uint32_t m = 0; m <= puzzle.moves; m++) {
-		for (uint32_t i = 0; i < count; i++) {
-			if (events[i].event == UFFD_EVENT_FORK && place[i] == m)
-				order[filled++] = (uint8_t)i;
-		}
-		if (m < puzzle.moves)
-			order[filled++] = puzzle.best[m];
-	}
-	assert(filled == count);
+	for (uint32_t i = 0; i < count; i++)
+		for (uint32_t p = 0; p < puzzle.points && events[i].event == UFFD_EVENT_FORK; p++)
+			plan.in_child[i][p] = truth(context, (int)i, puzzle.point[p]);
+	place_rest(&plan, attempt, 0, 0, 0, 0);
+	memcpy(order, plan.best, count);
 }

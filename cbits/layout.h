@@ -15,10 +15,15 @@
  *
  * Not all that the kernel says proves something. A page is never unregistered without an event, so "not registered"
  * does; but a VMA that grows in place registers pages silently, so a page that is registered and continues the VMA
- * before it may be new memory where other memory was unmapped. And an mremap goes to a free place only: whatever was
- * there was unmapped before, also when that is read later. What a program can rely on comes out right by the order of
- * reading alone: a thread that knows of another one's call, as a child knows of its parent's, starts after that call
- * has returned, so after its events were read. So that order is left only on proof.
+ * before it, or did until that went, may be new memory where other memory was unmapped. And an mremap goes to a free
+ * place only: whatever was there was unmapped before, also when that is read later. What a program can rely on comes
+ * out right by the order of reading alone: a thread that knows of another one's call, as a child knows of its
+ * parent's, starts after that call has returned, so after its events were read. So that order is left only on proof,
+ * and then for as few events as explain what the kernel says: each is a thread that stood still between its change and
+ * its event. In particular a fork that a proof moves takes no call along that its own thread made after it.
+ *
+ * An mremap is one change that two events tell of: its move, and the UNMAP of the old place, between which others may
+ * be read. So once the move has taken effect nothing is predicted of the old place.
  */
 #ifndef LZ_LAYOUT_H
 #define LZ_LAYOUT_H

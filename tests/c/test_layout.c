@@ -3,7 +3,8 @@
  * The order of layout events against a model of the kernel: a few pages with contents that move about, changes made
  * one after the other, and events read in an order in which two neighbours have passed each other. VMAs may have
  * grown, before and in between, which no event tells. Applying the events in the order found must give the contents
- * that the changes gave, in the task and in every forked child.
+ * that the changes gave, in the task and in every forked child. Then threads that have memory of their own and pass each
+ * other as they like: what each of them knows has to be right without exception.
  */
 #include "../../cbits/layout.h"
 
@@ -14,6 +15,7 @@
 #include <string.h>
 
 #define PAGES 12U
+#define MOST 24U /* pages of any world */
 #define EVENTS 5U
 #define PAGE 4096ULL
 #define ZEROS 200
@@ -22,8 +24,8 @@
 #define GROWN 201 /* as ZEROS, in memory that nobody has told us of */
 
 struct world {
-	uint8_t content[PAGES]; /* 0: not registered; else whose page it is; ZEROS: dropped, or left by DONTUNMAP */
-	bool joined[PAGES + 1]; /* in one VMA with the page before */
+	uint8_t content[MOST]; /* 0: not registered; else whose page it is; ZEROS: dropped, or left by DONTUNMAP */
+	bool joined[MOST + 1]; /* in one VMA with the page before */
 };
 
 struct kernel {
@@ -91,13 +93,13 @@ static uint32_t dice(uint32_t sides)
 }
 
 /* A change that the kernel would make now; false when the draw is not possible. */
-static bool draw(const struct world *world, struct lz_event *event, bool may_drop)
+static bool draw(const struct world *world, uint32_t room, struct lz_event *event, bool may_drop)
 {
-	uint64_t pages = 1 + dice(2), first = dice(PAGES - 1), to = dice(PAGES - 1);
+	uint64_t pages = 1 + dice(2), first = dice(room - 1), to = dice(room - 1);
 
 	*event = (struct lz_event){ .uffd = -1 };
 	for (uint64_t p = first; p < first + pages; p++)
-		if (p >= PAGES || !world->content[p])
+		if (p >= room || !world->content[p])
 			return false;
 	event->start = first * PAGE;
 	event->end = (first + pages) * PAGE;
@@ -110,7 +112,7 @@ static bool draw(const struct world *world, struct lz_event *event, bool may_dro
 		event->uffd = dice(3) ? -1 : LEFT;
 		event->to = to * PAGE;
 		for (uint64_t p = to; p < to + pages; p++) /* only to a free place: else an UNMAP comes with it */
-			if (p >= PAGES || world->content[p])
+			if (p >= room || world->content[p])
 				return false;
 		return true;
 	case 2:
@@ -124,9 +126,9 @@ static bool draw(const struct world *world, struct lz_event *event, bool may_dro
 }
 
 /* What a task reads: memory that is not ours and zeros are the same to us. */
-static bool same(const struct world *one, const struct world *other)
+static bool same(const struct world *one, const struct world *other, uint32_t first, uint32_t end)
 {
-	for (uint32_t p = 0; p < PAGES; p++)
+	for (uint32_t p = first; p < end; p++)
 		if (one->content[p] % GROWN % ZEROS != other->content[p] % GROWN % ZEROS)
 			return false;
 	return true;
@@ -152,7 +154,7 @@ static int one_case(void)
 		grow(&kernel.before, dice(PAGES - 1));
 	kernel.now = kernel.before;
 	while (count < wanted) {
-		if (count + 2 > LZ_BATCH || !draw(&kernel.now, &made[count], true))
+		if (count + 2 > LZ_BATCH || !draw(&kernel.now, PAGES, &made[count], true))
 			return 0;
 		grew[count] = !dice(4);
 		if (grew[count])
@@ -194,14 +196,117 @@ static int one_case(void)
 		change(&applied, &read[order[i]]);
 	}
 	for (uint32_t i = 0; i < count; i++)
-		if (read[i].event == UFFD_EVENT_FORK && !same(&found[i], &kernel.child[i]))
+		if (read[i].event == UFFD_EVENT_FORK && !same(&found[i], &kernel.child[i], 0, PAGES))
 			return passes ? -1 : -2;
-	return same(&applied, &kernel.now) ? 1 : passes ? -1 : -2;
+	return same(&applied, &kernel.now, 0, PAGES) ? 1 : passes ? -1 : -2;
+}
+
+/*
+ * Threads with memory of their own, none of which knows of the others, and no end to how they pass each other: an event
+ * is read any time after its change, and a thread's next call comes after its last event was read. What a thread then
+ * relies on has to be right always: all of what it has, and in a child that it forks, its own part.
+ */
+#define THREADS 3U
+#define OWN 8U /* pages of a thread; the last one is never mapped */
+#define ALL (THREADS * OWN)
+
+struct thread {
+	struct lz_event queued[2];
+	uint32_t events;  /* queued and not read */
+	bool is_dropping; /* its REMOVE was read, and the pages are still there */
+	struct lz_event drop;
+};
+
+/* The thread that an event is of, by what it is about; a fork says it in its field `to`. */
+static uint32_t thread_of(const struct lz_event *event)
+{
+	return (uint32_t)((event->event == UFFD_EVENT_FORK ? event->to : event->start / PAGE) / OWN);
+}
+
+static void call(struct world *world, struct thread *thread, uint32_t number)
+{
+	struct lz_event event;
+	struct world own = { .content = { 0 } };
+	const uint64_t base = number * OWN * PAGE;
+
+	memcpy(own.content, &world->content[number * OWN], OWN);
+	if (!draw(&own, OWN, &event, true))
+		return;
+	event.start += base;
+	event.end += base;
+	event.to += base;
+	if (event.event == UFFD_EVENT_FORK)
+		event.to = number * OWN;
+	thread->queued[thread->events++] = event;
+	if (event.event != UFFD_EVENT_REMOVE)
+		change(world, &event);
+	if (event.event == UFFD_EVENT_REMAP && event.uffd != LEFT) {
+		event.event = UFFD_EVENT_UNMAP;
+		thread->queued[thread->events++] = event;
+	}
+}
+
+static int one_case_of_threads(void)
+{
+	struct lz_event read[LZ_BATCH];
+	struct world child_of[THREADS], applied, found[LZ_BATCH];
+	struct thread threads[THREADS] = { 0 };
+	struct kernel kernel = { 0 };
+	uint32_t count = 0, calls = 2 + dice(3), pending = 0;
+	uint8_t order[LZ_BATCH];
+
+	for (uint32_t p = 0; p < ALL; p++) {
+		kernel.before.content[p] = (uint8_t)(p % OWN < OWN - 1 && dice(3) ? p + 1 : 0);
+		kernel.before.joined[p] = p && kernel.before.content[p] && kernel.before.content[p - 1] && dice(2);
+	}
+	kernel.now = kernel.before;
+	while (calls || pending) {
+		uint32_t number = dice(THREADS);
+		struct thread *thread = &threads[number];
+
+		if (thread->is_dropping && dice(2)) {
+			change(&kernel.now, &thread->drop);
+			thread->is_dropping = false;
+		} else if (thread->events && dice(2)) {
+			if (count == LZ_BATCH)
+				return 0;
+			read[count] = thread->queued[0];
+			kernel.child[count] = child_of[number];
+			thread->queued[0] = thread->queued[1];
+			thread->events--;
+			thread->is_dropping = read[count].event == UFFD_EVENT_REMOVE;
+			thread->drop = read[count++];
+		} else if (!thread->events && !thread->is_dropping && calls) {
+			if (!dice(4)) /* no event tells of it */
+				grow(&kernel.now, number * OWN + dice(OWN - 2));
+			child_of[number] = kernel.now;
+			call(&kernel.now, thread, number);
+			calls--;
+		}
+		pending = 0;
+		for (uint32_t i = 0; i < THREADS; i++)
+			pending += threads[i].events + threads[i].is_dropping;
+	}
+	lz_layout_order(read, count, truth, &kernel, order);
+	applied = kernel.before;
+	for (uint32_t i = 0; i < count; i++) {
+		found[order[i]] = applied;
+		change(&applied, &read[order[i]]);
+	}
+	if (!same(&applied, &kernel.now, 0, ALL))
+		return -1;
+	for (uint32_t i = 0; i < count; i++) {
+		uint32_t own = thread_of(&read[i]) * OWN;
+
+		if (read[i].event == UFFD_EVENT_FORK && !same(&found[i], &kernel.child[i], own, own + OWN))
+			return -2;
+	}
+	return count > 0;
 }
 
 int main(void)
 {
-	uint32_t right = 0, hidden = 0, disturbed = 0;
+	uint32_t right = 0, hidden = 0, disturbed = 0, well = 0, wrong = 0, wrong_child = 0;
 
 	srand(1);
 	for (uint32_t i = 0; i < 6000000; i++) {
@@ -212,8 +317,18 @@ int main(void)
 		disturbed += result == -2;
 	}
 	printf("layout: %u orders found, %u hidden, %u disturbed\n", right, hidden, disturbed);
+	for (uint32_t i = 0; i < 3000000; i++) {
+		int result = one_case_of_threads();
+
+		well += result > 0;
+		wrong += result == -1;
+		wrong_child += result == -2;
+	}
+	printf("layout: %u batches of threads well, %u wrong, %u wrong in a child\n", well, wrong, wrong_child);
 	/* What was read in order stays in order, but where a VMA shrinks, grows again and loses what was before, all in
 	 * one batch. Of what was not, most is found; hidden is a page that was left and entered again within one batch,
 	 * and the end of a VMA that is unmapped while a thread forks, which cannot know of it. */
+	if (wrong || wrong_child || well < 10000)
+		return 1;
 	return disturbed * 100000ULL > right || right < 10000 || hidden * 20ULL > right;
 }

@@ -37,16 +37,6 @@ NEEDS_KTHREADD = pytest.mark.skipif(
     not Path("/proc/2/comm").exists() or Path("/proc/2/comm").read_text() != "kthreadd\n",
     reason="pid 2 is no kernel thread here: another pid namespace than the machine's",
 )
-RACY_STORM = pytest.param(
-    ["storm", "3", "200"],
-    marks=pytest.mark.xfail(
-        strict=False,
-        reason="about 1 in 100: a forked child has a page of zeros; most likely the server was killed between a"
-        " madvise's event and the fork that passed it, whose order nobody knows any more (README, Limits)",
-    ),
-    id="storm",
-)
-"""A storm while servers are killed."""
 STEADY_KINDS = [
     "registers",
     "memory",

@@ -10,7 +10,7 @@ import signal
 import time
 
 import pytest
-from kernel_harness import BASE, PID, RACY_STORM, STRESS, full, hand_over, memory, sparse, task_state, wait_until
+from kernel_harness import BASE, PID, STRESS, full, hand_over, memory, sparse, task_state, wait_until
 from process_harness import KILLED, command_name, is_whole_again, kill_offices
 
 from lazyd import keeper
@@ -21,6 +21,7 @@ from lazyd.uffd import Engine, SharedWords
 
 STEPS = {
     "sweep": ["sweep", "random", "2"],
+    "storm": ["storm", "3", "200"],
     "forks": ["forks", "40"],
 }
 VMAS = [full(BASE, 1024), sparse(BASE + (1 << 24), 2048, 2), full(BASE + (1 << 26), 256)]
@@ -34,13 +35,13 @@ def kill_server(daemon):
 
 
 @pytest.mark.parametrize("fill", ["full", "off"])
-@pytest.mark.parametrize("steps", [STEPS["sweep"], RACY_STORM, STEPS["forks"]], ids=["sweep", None, "forks"])
+@pytest.mark.parametrize("steps", STEPS)
 def test_the_server_is_killed_at_any_moment(stage, steps, fill):
     stage.build({PID: VMAS})
     for number in range(2 * STRESS):
         daemon = stage.start_daemon("--fill", fill)
         skeleton = stage.start_skeleton(
-            *hand_over(VMAS, PID), "seed", str(number), "finish", "hangup", "say", "runs", *steps
+            *hand_over(VMAS, PID), "seed", str(number), "finish", "hangup", "say", "runs", *STEPS[steps]
         )
         skeleton.heard("runs")
         daemon.wait_for_line("restore finished")
@@ -60,7 +61,7 @@ def test_any_two_are_killed_at_once_at_any_moment(stage, offices):
         dice = random.Random(number)
         daemon = stage.start_daemon("--fill", ("full", "off")[number % 2], "--stats", str(statistics))
         daemon.whole_family()
-        steps = dice.choice([STEPS["sweep"], STEPS["forks"]])
+        steps = dice.choice(list(STEPS.values()))
         skeleton = stage.start_skeleton(
             *hand_over(VMAS, PID), "seed", str(number), "finish", "hangup", "say", "runs", *steps
         )

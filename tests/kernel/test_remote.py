@@ -12,7 +12,7 @@ import struct
 import time
 
 import pytest
-from kernel_harness import BASE, PAGE, PID, RACY_STORM, STRESS, Run, Vma, full, hand_over, sparse, wait_until
+from kernel_harness import BASE, PAGE, PID, STRESS, Run, Vma, full, hand_over, sparse, wait_until
 from page_source import ADD_F, LAZY, LAZYD, PRESENT, Answers, header
 from test_serving import MIXED
 
@@ -95,7 +95,7 @@ def test_pages_that_are_here_do_not_cross_the_network(stage):
 
 
 @pytest.mark.parametrize("make", [Answers, Short])
-@pytest.mark.parametrize("steps", [("sweep", "random", "2"), RACY_STORM, ("forks", "20")])
+@pytest.mark.parametrize("steps", [("sweep", "random", "2"), ("storm", "3", "200"), ("forks", "20")])
 def test_the_server_is_killed_at_any_moment(stage, steps, make):
     """What it had received, and what it had asked for, the next one knows."""
     source = stage.build_remote({PID: LARGE}, make)
