@@ -48,7 +48,7 @@ from lazyd.target.others import Others
 from lazyd.target.process import children, descendants
 from lazyd.target.state import TaskState, read_state
 from lazyd.target.survey import Look, Survey, check_is_process, look_at_all, refuse, started_at
-from lazyd.target.tracing import StoppedTask, has_ended, thread_ids
+from lazyd.target.tracing import StoppedTask, changes_too_fast, has_ended, thread_ids
 from lazyd.target.userfault import UFFD_USER_MODE_ONLY, open_userfaultfd
 from lazyd.tls.settings import Files
 from lazyd.tuples import NamedTuple
@@ -218,6 +218,8 @@ def dump(settings: Settings, log: Log) -> Dumped:
             raise DumpError(f"process {settings.pid} was killed while it was dumped") from error
         if isinstance(error, LazydError):
             raise
+        if isinstance(error, ProcessLookupError):  # not the process, so a thread of it
+            raise changes_too_fast(settings.pid) from error
         where = f"{error.filename}: " if error.filename else ""
         raise DumpError(f"process {settings.pid}: {where}{error.strerror}; it was not dumped") from error
     finally:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -32,9 +33,10 @@ from lazyd.target.process import children, read_small, stat_fields
 from lazyd.target.tracing import changes_too_fast, has_ended, status_fields, thread_ids
 from lazyd.tuples import NamedTuple
 
-_PF_KTHREAD, _PF_IO_WORKER = 0x00200000, 0x00000010  # include/linux/sched.h; field 9 of stat
+_PF_KTHREAD, _PF_IO_WORKER, _PF_EXITING = 0x00200000, 0x00000010, 0x00000004  # include/linux/sched.h; field 9 of stat
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 _LOOKS = 50  # at a task that changes all the time, before it is given up
+_ZOMBIE_LOOKS, _ZOMBIE_PAUSE_S = 5, 0.002
 
 
 class Problem(NamedTuple):
@@ -59,6 +61,11 @@ def check_is_process(pid: int) -> None:
     """Raise DumpError, in one line, if there is nothing behind a pid that could be dumped at all."""
     try:
         fields = status_fields(pid)
+        for _ in range(_ZOMBIE_LOOKS):
+            # The leading thread is one for a moment, too, when another one executes a program and takes its place.
+            if fields["State"][0] in "ZX":
+                time.sleep(_ZOMBIE_PAUSE_S)
+                fields = status_fields(pid)
     except (FileNotFoundError, ProcessLookupError):
         raise DumpError(f"there is no process {pid}") from None
     except PermissionError:
@@ -84,6 +91,13 @@ def _task_flags(tid: int) -> int:
     with suppress(OSError):
         return int(stat_fields(tid)[9 - 3])
     return 0
+
+
+def _is_ending(tid: int) -> bool:
+    try:
+        return bool(int(stat_fields(tid)[9 - 3]) & _PF_EXITING)
+    except OSError:
+        return True
 
 
 def started_at(pid: int) -> int:
@@ -189,14 +203,22 @@ class Survey:
                 comm = f"/proc/{self.pid}/task/{tid}/comm"
                 if "\ufffd" in fields.get("Name", "") and not _is_text(read_small(comm)):
                     problems.append(Problem(f"thread {tid}", "its name is not UTF-8"))
-            if tid == self.pid:
-                continue
-            with suppress(ProcessLookupError):
-                if kcmp(self.pid, tid, KCMP_FILES):
-                    problems.append(Problem(f"thread {tid}", "has descriptors of its own (unshare)"))
-                if kcmp(self.pid, tid, KCMP_FS):
-                    problems.append(Problem(f"thread {tid}", "has a working directory of its own (unshare)"))
+            if tid != self.pid:
+                problems += self._of_thread_alone(tid)
         return problems
+
+    def _of_thread_alone(self, tid: int) -> list[Problem]:
+        own = []
+        with suppress(ProcessLookupError):
+            if kcmp(self.pid, tid, KCMP_FILES):
+                own.append("descriptors")
+            if kcmp(self.pid, tid, KCMP_FS):
+                own.append("a working directory")
+        if not own or _is_ending(tid):
+            return []
+        if _is_ending(self.pid):  # and has neither any more
+            raise ProcessLookupError
+        return [Problem(f"thread {tid}", f"has {what} of its own (unshare)") for what in own]
 
     def _of_mappings(self, mappings: list[Mapping]) -> list[Problem]:
         problems = [Problem(f"mapping {mapping}", mapping.problem) for mapping in mappings if mapping.problem]
