@@ -15,8 +15,10 @@ def run() -> int:
     # All that is imported stays: to look for garbage in it takes a tenth of the start. Who stays puts it on again.
     gc.disable()
 
-    from lazyd.deferred import deferred  # noqa: PLC0415  behind the above
+    from lazyd.deferred import deferred, untranslated  # noqa: PLC0415  behind the above
 
+    with untranslated():
+        import argparse  # noqa: F401, PLC0415
     with deferred("urllib.parse"):  # which makes addresses of paths
         import pathlib  # noqa: F401, PLC0415
     from lazyd.cli import main  # noqa: PLC0415

@@ -8,9 +8,9 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
 
 from lazyd.errors import UsageError
+from lazyd.hints import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from lazyd.daemon import Options

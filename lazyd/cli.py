@@ -16,12 +16,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lazyd.arguments import Parser, add_telling, count, log_of, options_of, rate
+from lazyd.enums import Enum
 from lazyd.errors import LazydError, SystemCallError, UsageError
+from lazyd.hints import TYPE_CHECKING
 from lazyd.tls.settings import add_options as add_tls_options
 from lazyd.tls.settings import files_of
 

@@ -7,10 +7,10 @@ import argparse
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lazyd.arguments import Parser, add_telling, log_of, show_of
 from lazyd.errors import LazydError, UsageError
+from lazyd.hints import TYPE_CHECKING
 from lazyd.tls.settings import add_options, files_of
 
 if TYPE_CHECKING:

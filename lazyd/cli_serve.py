@@ -9,10 +9,10 @@ import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lazyd.arguments import Parser, add_telling, count, log_of
 from lazyd.errors import SystemCallError, UsageError
+from lazyd.hints import TYPE_CHECKING
 from lazyd.image.chain import PARENT_LINK
 from lazyd.tls.settings import add_options, files_of
 

@@ -14,9 +14,9 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
 
 from lazyd.errors import LazydError, SystemCallError
+from lazyd.hints import Protocol
 from lazyd.keeper import Guard, Life, Work, flush, keep
 from lazyd.report import (
     Log,

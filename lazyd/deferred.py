@@ -55,3 +55,18 @@ def deferred(*names: str) -> Iterator[None]:
         for name, stand_in in stand_ins.items():
             if sys.modules.get(name) is stand_in:
                 del sys.modules[name]
+
+
+@contextmanager
+def untranslated() -> Iterator[None]:
+    """Have what is imported meanwhile speak English, as all here does, without asking gettext for its translations."""
+    if "gettext" in sys.modules:
+        yield
+        return
+    plain = ModuleType("gettext")
+    vars(plain).update(gettext=str, ngettext=lambda one, many, number: one if number == 1 else many)
+    sys.modules["gettext"] = plain
+    try:
+        yield
+    finally:
+        del sys.modules["gettext"]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno as _errno
 import os as _os
 from pathlib import Path
-from typing import ClassVar
+
+from lazyd.hints import ClassVar
 
 
 class LazydError(Exception):

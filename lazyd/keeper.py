@@ -46,11 +46,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from enum import Enum, IntEnum
 from pathlib import Path
-from typing import NoReturn
 
+from lazyd.enums import Enum, IntEnum
 from lazyd.errors import SystemCallError
+from lazyd.hints import NoReturn
 from lazyd.tuples import NamedTuple
 from lazyd.uffd import SharedWords, fork_keeping_fds, open_signals
 

@@ -24,9 +24,9 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from lazyd.errors import SystemCallError
+from lazyd.hints import TYPE_CHECKING
 from lazyd.tuples import NamedTuple
 
 if TYPE_CHECKING:

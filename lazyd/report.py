@@ -33,11 +33,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
 
+from lazyd.enums import IntEnum
 from lazyd.errors import SystemCallError
+from lazyd.hints import TYPE_CHECKING, Any, TextIO
 from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE, human_bytes
 

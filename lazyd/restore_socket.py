@@ -23,13 +23,13 @@ import contextlib
 import os
 import struct
 from collections.abc import Callable, Sequence
-from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
 
 from lazyd.deferred import defer
+from lazyd.enums import Enum
 from lazyd.errors import LazydError, ProtocolError, SystemCallError
+from lazyd.hints import Protocol
 from lazyd.tuples import NamedTuple
 
 defer("socket")  # where tasks are attached to or made, nobody comes to it

@@ -17,8 +17,8 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from enum import Enum
 
+from lazyd.enums import Enum
 from lazyd.errors import ProtocolError, SystemCallError
 
 DEAD_AFTER_S = 6

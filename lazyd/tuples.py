@@ -8,14 +8,15 @@ them from __future__), and the constructor comes with the first tuple. Type chec
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from lazyd.hints import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from typing import NamedTuple as NamedTuple  # noqa: PLC0414  handed on
 else:
     from collections import _tuplegetter
     from collections.abc import Iterable
-    from typing import Any, Self
+
+    from lazyd.hints import Any, Self
 
     class _Definition(type):
         """Makes a class of tuples from its annotations, in their order, and from the values beside them."""

@@ -7,8 +7,7 @@ differ, so they are two types that only `session` and the engine may relate.
 
 from __future__ import annotations
 
-from typing import NewType
-
+from lazyd.hints import NewType
 from lazyd.tuples import NamedTuple
 
 PAGE_SHIFT = 12

@@ -27,19 +27,20 @@ import enum
 import struct
 from collections import deque
 
+from lazyd.enums import Enum, IntEnum
 from lazyd.errors import ProtocolError
 from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SHIFT, PAGE_SIZE, USER_SPACE_END
 
 
-class HeaderSize(enum.IntEnum):
+class HeaderSize(IntEnum):
     """The two headers, by their length."""
 
     NARROW = 24
     WIDE = 32
 
 
-class Command(enum.IntEnum):
+class Command(IntEnum):
     """What a message is."""
 
     ADD = 1
@@ -64,7 +65,7 @@ class Flags(enum.IntFlag):
     LAZYD = 0x8000
 
 
-class Answer(enum.Enum):
+class Answer(Enum):
     """How a message is answered."""
 
     NOTHING = 0
@@ -80,7 +81,7 @@ class Answer(enum.Enum):
     """A uint64."""
 
 
-class Names(enum.Enum):
+class Names(Enum):
     """What a message's destination field holds."""
 
     IMAGE = 0

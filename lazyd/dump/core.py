@@ -7,21 +7,21 @@ Pages never pass through here: what Python sees of them is how many of which kin
 
 from __future__ import annotations
 
-import enum
 import errno
 import os
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any
 
 from lazyd.dump._memory import ffi, lib
+from lazyd.enums import Enum, IntEnum
 from lazyd.errors import DumpError, SystemCallError
+from lazyd.hints import Any
 from lazyd.image import Dialect, ExtentTable
 from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE
 
 
-class PageKind(enum.IntEnum):
+class PageKind(IntEnum):
     """What a page is to a dump (enum lz_page); a page that is not mapped is none of these."""
 
     ZERO = lib.LZ_PAGE_ZERO
@@ -29,7 +29,7 @@ class PageKind(enum.IntEnum):
     DUMPED = lib.LZ_PAGE_DUMPED
 
 
-class AreaKind(enum.Enum):
+class AreaKind(Enum):
     """How the pages of an area are dumped."""
 
     PRIVATE_ANON = "private anonymous"
@@ -57,7 +57,7 @@ class Area(NamedTuple):
     pgoff: int = 0
 
 
-class Track(enum.IntEnum):
+class Track(IntEnum):
     """By what a page is known to be clean (enum lz_track)."""
 
     NONE = lib.LZ_TRACK_NONE
@@ -65,7 +65,7 @@ class Track(enum.IntEnum):
     SOFT_DIRTY = lib.LZ_TRACK_SOFT_DIRTY
 
 
-class ScanMethod(enum.IntEnum):
+class ScanMethod(IntEnum):
     """How page tables are read (enum lz_scan_method)."""
 
     AUTO = lib.LZ_SCAN_AUTO

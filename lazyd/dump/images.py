@@ -26,8 +26,8 @@ import stat
 import struct
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
 
+from lazyd.hints import Any
 from lazyd.image.buildid import build_id_words, read_build_id
 from lazyd.image.encode import Record, SmallImage
 from lazyd.target import xstate

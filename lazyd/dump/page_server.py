@@ -11,11 +11,11 @@ from __future__ import annotations
 import socket
 import struct
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from lazyd.dump.core import PageKind, PagemapFormat, PagePipe, Progress, Source, stream_pages
 from lazyd.dump.transfer import Destination, MemoryImage, Transfer
 from lazyd.errors import DumpError, ProtocolError, SystemCallError
+from lazyd.hints import TYPE_CHECKING
 from lazyd.image import ExtentTable
 from lazyd.tcp import Peer, connect
 from lazyd.wire import ClientParser, Command, Data, HeaderSize, Message, Reply, image_id

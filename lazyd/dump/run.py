@@ -23,10 +23,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
 
 from lazyd.dump import tracker
 from lazyd.dump.areas import areas_of
@@ -36,7 +34,9 @@ from lazyd.dump.memory import Area, LocalImages, Looked, MemoryCounts, MemoryDum
 from lazyd.dump.page_server import PageServer
 from lazyd.dump.tracker import Tracker
 from lazyd.dump.watch import Watch
+from lazyd.enums import Enum
 from lazyd.errors import DumpError, ImageError, LazydError, SystemCallError
+from lazyd.hints import Any, TypeVar
 from lazyd.image.directory import ImagesDirectory
 from lazyd.image.pagemap import Dialect
 from lazyd.image.stats import DumpStats, write_stats

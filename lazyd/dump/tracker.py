@@ -19,11 +19,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from lazyd.dump import holder
 from lazyd.dump.core import AreaList, Scanner, Track, open_tracking, track_method
 from lazyd.errors import DumpError, LazydError, SystemCallError
+from lazyd.hints import Any
 from lazyd.target.process import stat_fields
 
 _ANSWER_MAX = 64 << 10

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import enum
 import os
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from lazyd.dump.core import (
     copy_early,
     copy_pages,
 )
+from lazyd.enums import IntEnum
 from lazyd.errors import DumpError, SystemCallError
 from lazyd.image import ExtentTable
 from lazyd.image.parent import ParentTable, load_parent
@@ -37,7 +37,7 @@ from lazyd.tuples import NamedTuple
 _THREADS_MAX = 4
 
 
-class ImageType(enum.IntEnum):
+class ImageType(IntEnum):
     """What an image of memory is of, as the page server's protocol numbers it."""
 
     TASK = 1

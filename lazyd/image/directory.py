@@ -8,13 +8,13 @@ delay users feel: nothing heavier than it must be.
 from __future__ import annotations
 
 import os
-from enum import Enum
 from pathlib import Path
-from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from lazyd.enums import Enum
 from lazyd.errors import ImageError
+from lazyd.hints import Any
 from lazyd.image.framing import (
     CORE_MAGICS,
     INVENTORY_MAGICS,

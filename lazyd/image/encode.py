@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from enum import Enum
-from typing import Any
 
+from lazyd.enums import Enum
+from lazyd.hints import Any
 from lazyd.image.framing import COMMON_MAGIC, CORE_MAGICS, INVENTORY_MAGICS, MM_MAGICS, PSTREE_MAGICS
 from lazyd.image.pb import core_pb2, files_pb2, inventory_pb2, mm_pb2, pstree_pb2
 

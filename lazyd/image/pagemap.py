@@ -14,11 +14,11 @@ import os
 import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from enum import Enum
 from pathlib import Path
-from typing import Any
 
+from lazyd.enums import Enum
 from lazyd.errors import ImageError
+from lazyd.hints import Any
 from lazyd.image._pagemap import ffi, lib
 from lazyd.image.framing import read_error
 from lazyd.tuples import NamedTuple

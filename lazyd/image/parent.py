@@ -8,9 +8,9 @@ loaded before the task is stopped, and whole: a chain that cannot be read is fou
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NoReturn
 
 from lazyd.errors import ImageError
+from lazyd.hints import NoReturn
 from lazyd.image import chain
 from lazyd.image.checkpoint import Level, flatten, read_level, report_broken_holes
 from lazyd.image.pagemap import Dialect, ExtentTable, Pagemap, check_dialect

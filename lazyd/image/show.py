@@ -8,8 +8,8 @@ of JSON have; lengths are numbers of bytes.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from lazyd.hints import Any
 from lazyd.image.checkpoint import Checkpoint, TaskImage, load
 from lazyd.image.directory import CoreState, ImagesDirectory
 from lazyd.image.pagemap import Kind

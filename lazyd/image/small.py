@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
 
 from google.protobuf.message import DecodeError
 
 from lazyd.errors import ImageError
+from lazyd.hints import Any
 from lazyd.image.directory import ImagesDirectory
 from lazyd.image.encode import SmallImage
 

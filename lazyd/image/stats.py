@@ -6,8 +6,7 @@ Field 9 is pages_zero where zero holes are entries, and pages_lazy in stock CRIU
 
 from __future__ import annotations
 
-from typing import Any
-
+from lazyd.hints import Any
 from lazyd.image.framing import STATS_MAGICS
 from lazyd.image.pagemap import Dialect
 from lazyd.image.pb import stats_pb2

@@ -9,9 +9,9 @@ import re
 import socket
 import struct
 from pathlib import Path
-from typing import Any
 
 from lazyd.errors import ProtocolError, SystemCallError
+from lazyd.hints import Any
 from lazyd.tuples import NamedTuple
 
 VERSION = 1

@@ -13,9 +13,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from lazyd.errors import LazydError, ProtocolError, RestoreError, SystemCallError, UsageError
+from lazyd.hints import TYPE_CHECKING, Any
 from lazyd.migrate.conversation import VERSION, Conversation
 from lazyd.report import Log, human_seconds
 from lazyd.tcp import Peer, listen, prepare

@@ -18,7 +18,8 @@ import signal
 import socket
 import struct
 import threading
-from typing import NoReturn
+
+from lazyd.hints import NoReturn
 
 _PIPE_BYTES = 1 << 20
 _LOOK_MS = 200

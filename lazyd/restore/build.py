@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 from lazyd.errors import ImageError, RestoreError, SystemCallError
+from lazyd.hints import Self
 from lazyd.image import Extent, Kind, load
 from lazyd.restore import memory as memories
 from lazyd.restore import task as tasks

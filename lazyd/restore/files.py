@@ -14,9 +14,9 @@ import os
 import struct
 from contextlib import suppress
 from types import TracebackType
-from typing import Any
 
 from lazyd.errors import RestoreError, SystemCallError
+from lazyd.hints import Any
 from lazyd.restore.plan import PIPE, REGULAR, TERMINAL, Plan, own_terminal
 from lazyd.target.puppet import Step
 

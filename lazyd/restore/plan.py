@@ -15,9 +15,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from lazyd.errors import ImageError, RestoreError
+from lazyd.hints import Any
 from lazyd.image.buildid import build_id_words, read_build_id
 from lazyd.image.directory import VMA_GUARD, ImagesDirectory, TaskState
 from lazyd.image.encode import SmallImage

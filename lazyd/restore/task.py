@@ -20,9 +20,9 @@ import struct
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from lazyd.errors import ImageError, RestoreError
+from lazyd.hints import Any
 from lazyd.restore.plan import Plan, Thread, mask
 from lazyd.target import xstate
 from lazyd.target.process import SIGACTION_SIGNALS

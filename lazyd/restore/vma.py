@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import Any
-
+from lazyd.enums import Enum
+from lazyd.hints import Any
 from lazyd.image.directory import MAP_ANONYMOUS, MAP_HUGETLB, MAP_LOCKED, MAP_PRIVATE, VMA_VDSO, VMA_VSYSCALL, VMA_VVAR
 from lazyd.tuples import NamedTuple
 

@@ -7,21 +7,21 @@ Pages never pass through here, nor do the questions for them: C hands up only me
 
 from __future__ import annotations
 
-import enum
 import errno
 import os
 from bisect import insort
-from typing import Any
 
 from lazyd.dump.core import PagePipe
+from lazyd.enums import Enum
 from lazyd.errors import ProtocolError
+from lazyd.hints import Any
 from lazyd.image import ExtentTable, PagesImage
 from lazyd.serve._server import ffi, lib
 from lazyd.units import PAGE_SHIFT
 from lazyd.wire import HeaderSize, Message, ServerParser, guess_header
 
 
-class Event(enum.Enum):
+class Event(Enum):
     """Why Peer.run() has returned (enum lz_peer_event)."""
 
     ENDED = lib.LZ_PEER_ENDED

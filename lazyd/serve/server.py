@@ -14,9 +14,9 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from lazyd.errors import LazydError
+from lazyd.hints import TYPE_CHECKING
 from lazyd.serve.connection import Desk, serve_connection
 from lazyd.tcp import Peer, prepare
 

@@ -31,12 +31,12 @@ import selectors
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
+from lazyd.enums import Enum
 from lazyd.errors import LazydError, ProtocolError, RestoreError, SystemCallError
+from lazyd.hints import TYPE_CHECKING
 from lazyd.image import Checkpoint, load
 from lazyd.keeper import Guard, Life
 from lazyd.report import Log, Moments, Outcome, Progress

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import os
 import resource
-from typing import TYPE_CHECKING
 
 from lazyd.errors import ImageError, LazydError, SystemCallError
+from lazyd.hints import TYPE_CHECKING
 from lazyd.image import Checkpoint, Kind
 from lazyd.target import Expected
 from lazyd.tuples import NamedTuple

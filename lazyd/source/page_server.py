@@ -16,10 +16,10 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lazyd import tcp
 from lazyd.errors import ProtocolError, SystemCallError
+from lazyd.hints import TYPE_CHECKING
 from lazyd.tuples import NamedTuple
 from lazyd.wire import Answer, ClientParser, Command, HeaderSize, Message, Reply
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
 
 from lazyd.errors import LazydError, SystemCallError
+from lazyd.hints import Generic, TypeVar
 from lazyd.target.remote import Room, SteppedCalls, Steps, Wait, find_rooms, pause, wait_for_stop
 from lazyd.target.tracing import StoppedTask, Thread
 from lazyd.tuples import NamedTuple

@@ -16,9 +16,9 @@ import stat
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from enum import Enum
 from pathlib import Path
 
+from lazyd.enums import Enum
 from lazyd.target.mappings import DELETED, path_problem
 from lazyd.tuples import NamedTuple
 

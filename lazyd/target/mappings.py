@@ -20,10 +20,10 @@ import re
 import stat
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from enum import Enum
 from pathlib import Path
-from typing import BinaryIO
 
+from lazyd.enums import Enum
+from lazyd.hints import BinaryIO
 from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE
 

@@ -37,12 +37,12 @@ import struct
 import time
 from collections.abc import Generator
 from contextlib import suppress
-from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias, TypeVar
 
+from lazyd.enums import Enum
 from lazyd.errors import DumpError, SystemCallError
+from lazyd.hints import TypeAlias, TypeVar
 from lazyd.target.binding import WALL
 from lazyd.target.tracing import (
     PTRACE_CONT,

@@ -16,11 +16,11 @@ import os
 import socket
 import ssl
 import time
-from enum import Enum
 from pathlib import Path
-from typing import NoReturn
 
+from lazyd.enums import Enum
 from lazyd.errors import TlsError
+from lazyd.hints import NoReturn
 from lazyd.tls.pump import Runs, Session, Tunnel, explain_alert
 from lazyd.tls.revocation import Identity, certificate_identity, read_revoked
 from lazyd.tls.settings import (

@@ -31,10 +31,10 @@ import sys
 import termios
 import threading
 import time
-from enum import Enum
 from pathlib import Path
-from typing import NoReturn, cast
 
+from lazyd.enums import Enum
+from lazyd.hints import NoReturn, cast
 from lazyd.tuples import NamedTuple
 from lazyd.wire import HeaderSize, following_bytes, guess_header
 

@@ -7,16 +7,16 @@ for the children of forks, by the engine itself (their notice is FORKED).
 
 from __future__ import annotations
 
-import enum
 import errno
 import mmap
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
+from lazyd.enums import IntEnum
 from lazyd.errors import LazydError, SystemCallError
+from lazyd.hints import Any
 from lazyd.tuples import NamedTuple
 from lazyd.uffd._engine import ffi, lib
 
@@ -24,14 +24,14 @@ _SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
 _CAP_SYS_PTRACE = 19
 
 
-class Fill(enum.IntEnum):
+class Fill(IntEnum):
     """What happens to pages that nobody has asked for."""
 
     OFF = lib.LZ_FILL_OFF
     FULL = lib.LZ_FILL_FULL
 
 
-class NoticeKind(enum.IntEnum):
+class NoticeKind(IntEnum):
     """What a worker has to tell; cbits/lz.h says what each carries."""
 
     TASK_FILLED = lib.LZ_NOTICE_TASK_FILLED
@@ -46,7 +46,7 @@ class NoticeKind(enum.IntEnum):
     LINK = lib.LZ_NOTICE_LINK
 
 
-class TaskStatus(enum.IntEnum):
+class TaskStatus(IntEnum):
     """How far a task is."""
 
     PREPARED = lib.LZ_TASK_PREPARED
@@ -56,7 +56,7 @@ class TaskStatus(enum.IntEnum):
     FAILED = lib.LZ_TASK_FAILED
 
 
-class LinkReason(enum.IntEnum):
+class LinkReason(IntEnum):
     """Why a link to a page server is of no use any more; cbits/lz.h says what `detail` is."""
 
     NONE = 0
@@ -89,7 +89,7 @@ class LinkInfo(NamedTuple):
     fd: int
 
 
-class OnFork(enum.IntEnum):
+class OnFork(IntEnum):
     """What the child of a fork finds in a range."""
 
     COPY = 0
@@ -104,7 +104,7 @@ class Served(NamedTuple):
     on_fork: OnFork = OnFork.COPY
 
 
-class Descriptor(enum.IntEnum):
+class Descriptor(IntEnum):
     """What a descriptor is to the state that outlives a process."""
 
     UNKNOWN = lib.LZ_DESCRIPTOR_UNKNOWN

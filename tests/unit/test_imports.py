@@ -28,6 +28,8 @@ LEVELS = [
     {"image", "tcp", "tls", "wire"},
     {"units", "errors"},
     {"deferred", "tuples"},
+    {"enums"},
+    {"hints"},
 ]
 ACROSS = {
     ("dump", "report"),
@@ -52,7 +54,17 @@ ONLY_IMPORTERS = {
     "rich": {"report"},
 }
 # Before the socket listens, users wait: what is slow to import is imported when it is needed.
-NEVER_AT_THE_TOP = {"rich", "json", "importlib.metadata", "traceback", "dataclasses", "logging", "asyncio"}
+NEVER_AT_THE_TOP = {
+    "rich",
+    "json",
+    "typing",
+    "datetime",
+    "importlib.metadata",
+    "traceback",
+    "dataclasses",
+    "logging",
+    "asyncio",
+}
 ON_THE_WAY_TO_LISTENING = {
     "cli",
     "arguments",

@@ -138,9 +138,10 @@ sys.argv = ["lazyd"]
 from lazyd.__main__ import run
 run()
 import lazyd.target.binding, lazyd.image
-early = [name for name in ("urllib.parse", "traceback", "calendar", "ptrace.logging_tools") if name in sys.modules]
-import pathlib, ptrace.error, calendar
-print(early, pathlib.Path("/a b").as_uri(), calendar.timegm((1970, 1, 1, 0, 0, 7)))
+never = "urllib.parse", "traceback", "calendar", "ptrace.logging_tools", "typing", "datetime", "gettext"
+early = [name for name in never if name in sys.modules]
+import gettext, pathlib, ptrace.error
+print(early, pathlib.Path("/a b").as_uri(), gettext.ngettext("page", "pages", 2))
 import logging, io
 stream = io.StringIO()
 logging.basicConfig(stream=stream, level=logging.DEBUG, format="%(levelname)s %(message)s")
@@ -151,6 +152,6 @@ except ZeroDivisionError as error:
 print(stream.getvalue().splitlines()[0], "ZeroDivisionError" in stream.getvalue().splitlines()[-1])
 """)
     assert said.splitlines() == [
-        "['calendar'] file:///a%20b 7",
+        "[] file:///a%20b pages",
         "ERROR wrong: [ZeroDivisionError] division by zero True",
     ]
