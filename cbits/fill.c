@@ -190,11 +190,11 @@ static bool is_one_missing(struct lz_worker *worker, struct lz_task *task)
 
 /*
  * Nothing is missing any more: close the uffd, unless a page is held back whose faults must stay blocked. What is
- * missing then reads as zeros for ever, so this one looks for itself.
+ * missing then reads as zeros for ever, so if the count says that something is left, this one looks for itself.
  */
 bool lz_fill_done(struct lz_worker *worker, struct lz_task *task)
 {
-	if (task->held_pages || task->jobs || is_one_missing(worker, task))
+	if (task->held_pages || task->jobs || (task->left_pages && is_one_missing(worker, task)))
 		return false;
 	lz_task_end(worker, task, LZ_TASK_FILLED, (struct lz_notice){ .kind = LZ_NOTICE_TASK_FILLED });
 	return true;

@@ -118,9 +118,11 @@ def second(work: Path, rounds: int = 3, mib: int = 1024) -> dict[str, Measured]:
     """Two dumps, 1 % of 1 GiB rewritten in between: bytes at most 5 % of the first's, `stopped` a fifth of a full's.
 
     That full dump is criu's: lazyd's own copies nearly all while the task runs, and stops it hardly longer. It is made
-    before anything of lazyd's tracks the task.
+    before anything of lazyd's tracks the task. In between is one on top of which nothing was rewritten: what any dump
+    takes to look at the task.
     """
-    found: dict[str, Measured] = {who: {"stopped": [], "bytes": [], "took": []} for who in ("criu", "first", "second")}
+    names = "criu", "first", "nothing", "second"
+    found: dict[str, Measured] = {who: {"stopped": [], "bytes": [], "took": []} for who in names}
     with victim(work, "full", str(mib)) as one:
         for _ in range(rounds):
             os.sync()
@@ -129,15 +131,16 @@ def second(work: Path, rounds: int = 3, mib: int = 1024) -> dict[str, Measured]:
             shutil.rmtree(work / "criu")
         for _ in range(rounds):
             os.sync()
-            first, then = work / "first", work / "second"
+            first, nothing, then = work / "first", work / "nothing", work / "second"
             for who, values in (
                 ("first", dump("lazyd", one, first, "--track-mem")),
-                ("second", (one.rewrite(), dump("lazyd", one, then, "--parent", str(first)))[1]),
+                ("nothing", dump("lazyd", one, nothing, "--track-mem", "--parent", str(first))),
+                ("second", (one.rewrite(), dump("lazyd", one, then, "--parent", str(nothing)))[1]),
             ):
                 for name, value in zip(("stopped", "bytes", "took"), values, strict=True):
                     found[who][name].append(value)
-            shutil.rmtree(then)
-            shutil.rmtree(first)
+            for images in (then, nothing, first):
+                shutil.rmtree(images)
     return found
 
 
