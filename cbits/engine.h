@@ -46,8 +46,9 @@ struct lz_task {
 	int32_t run_pid;
 	int32_t parent;
 	int32_t uffd;
-	uint32_t status; /* enum lz_task_status; atomic */
-	int32_t closing; /* plus 1: its uffd, while it is being closed; 0: none */
+	uint64_t born_ns; /* read_ns of its fork's event: no other child of its parent has it */
+	uint32_t status;  /* enum lz_task_status; atomic */
+	int32_t closing;  /* plus 1: its uffd, while it is being closed; 0: none */
 	uint32_t number;
 	uint32_t worker;
 	uint32_t fill_region; /* regions before it are done */

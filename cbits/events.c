@@ -24,16 +24,19 @@ static void drop_range(struct lz_worker *worker, struct lz_task *task, uint64_t 
 	lz_forget_left(task, dropped);
 }
 
-static void apply_fork(struct lz_worker *worker, struct lz_task *task, int uffd)
+static void apply_fork(struct lz_worker *worker, struct lz_task *task, const struct lz_event *event)
 {
+	const int uffd = event->uffd;
 	struct lz_engine *engine = worker->engine;
 	struct lz_task like = {
 		.image_pid = task->image_pid,
 		.parent = (int32_t)task->number,
+		.born_ns = event->read_ns,
 		.uffd = uffd,
 		.status = LZ_TASK_SERVING,
 		.worker = worker->number,
 		.handed_back = task->handed_back,
+		.held_pages = task->held_pages, /* those that it has, too */
 	};
 	struct lz_task *child = NULL;
 	int result;
@@ -43,8 +46,9 @@ static void apply_fork(struct lz_worker *worker, struct lz_task *task, int uffd)
 
 		if (!other)
 			break;
-		if (other->uffd == uffd && lz_is_serving(other))
-			return; /* the process that died had come that far */
+		/* The process that died had come that far; and the child may have ended since. */
+		if (other->parent == (int32_t)task->number && other->born_ns == event->read_ns)
+			return;
 	}
 	lz_count(&worker->counters->forks, 1);
 	result = lz_space_fork(engine->arena, &task->space, &like.space);
@@ -105,7 +109,7 @@ static int apply_event(struct lz_worker *worker, struct lz_task *task, const str
 
 	switch (event->event) {
 	case UFFD_EVENT_FORK:
-		apply_fork(worker, task, event->uffd);
+		apply_fork(worker, task, event);
 		return 0;
 	case UFFD_EVENT_REMOVE: /* twice is as good as once */
 		drop_range(worker, task, event->start, event->end);
@@ -213,7 +217,7 @@ void lz_events_take_up(struct lz_task *task)
 /* What a message says, as an event; false for one that is not a layout event. */
 static bool event_of(const struct uffd_msg *message, struct lz_event *event)
 {
-	*event = (struct lz_event){ .event = message->event, .uffd = -1 };
+	*event = (struct lz_event){ .event = message->event, .uffd = -1, .read_ns = lz_now_ns() };
 	switch (message->event) {
 	case UFFD_EVENT_FORK:
 		event->uffd = (int)message->arg.fork.ufd;
@@ -242,9 +246,11 @@ void lz_events_recover(struct lz_task *task, const struct uffd_msg *message)
 		return; /* a fault asks again */
 	if (last && last->event == event.event && last->start == event.start && last->end == event.end &&
 	    last->to == event.to && last->uffd == event.uffd)
-		return;                             /* kept already, and its message not cleared yet */
-	assert(task->batch.events < LZ_BATCH_ROOM); /* a batch, and as many messages as are read at once */
-	events_of(task)[task->batch.events++] = event;
+		return;                          /* kept already, and its message not cleared yet */
+	if (task->batch.events == LZ_BATCH_ROOM) /* only of a task that was failing: it has nothing to lose */
+		return;
+	events_of(task)[task->batch.events] = event;
+	__atomic_store_n(&task->batch.events, task->batch.events + 1, __ATOMIC_RELEASE);
 }
 
 static void keep_event(struct lz_worker *worker, struct lz_task *task, const struct uffd_msg *message, uint64_t now)

@@ -2,6 +2,7 @@
 #include "layout.h"
 
 #include "abi.h"
+#include "lz.h"
 
 #include <assert.h>
 #include <string.h>
@@ -10,10 +11,12 @@
 #define NEVER UINT32_MAX
 #define CONTRADICTION (1U << 20)
 #define LATE (1U << 10)
+#define SAMPLES 8U
 #define POINTS (2 * LZ_BATCH + LZ_BATCH * LZ_BATCH / 4) /* and where a move goes to what is unmapped */
 
 struct puzzle {
 	const struct lz_event *events;
+	uint32_t count; /* of the batch */
 	uint32_t moves; /* events other than forks, as read */
 	uint8_t move[LZ_BATCH];
 	uint32_t points;
@@ -42,12 +45,22 @@ static enum lz_truth effect(const struct lz_event *event, uint64_t address)
 	}
 }
 
+/* Whether the UNMAP of the old place of an mremap is in its batch: both tell of one moment. */
+static bool is_whole(const struct lz_event *events, uint32_t all, uint32_t move)
+{
+	for (uint32_t i = move + 1; i < all; i++)
+		if (events[i].event == UFFD_EVENT_UNMAP && events[i].start == events[move].start &&
+		    events[i].end == events[move].end)
+			return true;
+	return false;
+}
+
 /*
- * What the first `count` events of an order leave of a point. Of the old place of an mremap nothing is known after it:
- * it is gone, and its UNMAP comes later, but tells of the same moment; or MREMAP_DONTUNMAP has left it.
+ * What the first `count` events of an order, of a batch of `all`, leave of a point. Of the old place of an mremap
+ * without an UNMAP nothing is known after it: MREMAP_DONTUNMAP has left it, or the UNMAP is still to be read.
  */
-static enum lz_truth predict(const struct lz_event *events, const uint8_t *order, uint32_t count, uint64_t address,
-			     enum lz_truth before)
+static enum lz_truth predict(const struct lz_event *events, uint32_t all, const uint8_t *order, uint32_t count,
+			     uint64_t address, enum lz_truth before)
 {
 	for (uint32_t i = 0; i < count; i++) {
 		const struct lz_event *event = &events[order[i]];
@@ -56,7 +69,7 @@ static enum lz_truth predict(const struct lz_event *events, const uint8_t *order
 		if (made != LZ_UNKNOWN)
 			before = made;
 		else if (event->event == UFFD_EVENT_REMAP && holds(event->start, event->end, address))
-			before = LZ_UNKNOWN;
+			before = is_whole(events, all, order[i]) ? LZ_NOT_REGISTERED : LZ_UNKNOWN;
 	}
 	return before;
 }
@@ -84,7 +97,8 @@ static uint32_t contradictions(const struct puzzle *puzzle, const uint8_t *order
 
 	for (uint32_t p = 0; p < puzzle->points; p++) {
 		uint64_t address = puzzle->point[p];
-		enum lz_truth predicted = predict(puzzle->events, order, count, address, puzzle->before[p]);
+		enum lz_truth predicted =
+			predict(puzzle->events, puzzle->count, order, count, address, puzzle->before[p]);
 
 		score += predicted != LZ_UNKNOWN && truth[p] != LZ_UNKNOWN && predicted != truth[p] &&
 			 (predicted == LZ_REGISTERED || !may_have_grown(puzzle->events, order, count, address));
@@ -99,9 +113,9 @@ static uint32_t collisions(const struct puzzle *puzzle, const uint8_t *order)
 
 	for (uint32_t p = 0; p < puzzle->points; p++) {
 		for (uint32_t i = 0; i < puzzle->moves; i++)
-			found +=
-				effect(&puzzle->events[order[i]], puzzle->point[p]) == LZ_REGISTERED &&
-				predict(puzzle->events, order, i, puzzle->point[p], puzzle->before[p]) == LZ_REGISTERED;
+			found += effect(&puzzle->events[order[i]], puzzle->point[p]) == LZ_REGISTERED &&
+				 predict(puzzle->events, puzzle->count, order, i, puzzle->point[p],
+					 puzzle->before[p]) == LZ_REGISTERED;
 	}
 	return found;
 }
@@ -123,9 +137,14 @@ static bool splits_a_move(const struct puzzle *puzzle, const uint8_t *order)
 	return false;
 }
 
-/* Try every order of the moves, the one they were read in first; keep the first that contradicts least. */
+/*
+ * Try every order of the moves, the one they were read in first. The one that contradicts least; then, in which the
+ * fewest have passed each other.
+ */
 static void try_orders(struct puzzle *puzzle, uint8_t *order, uint32_t placed, uint32_t used)
 {
+	bool is_late = false; /* one that was read before is not placed yet */
+
 	if (!puzzle->best_score)
 		return;
 	if (placed == puzzle->moves) {
@@ -133,6 +152,10 @@ static void try_orders(struct puzzle *puzzle, uint8_t *order, uint32_t placed, u
 
 		if (splits_a_move(puzzle, order))
 			return;
+		score *= LZ_BATCH * LZ_BATCH;
+		for (uint32_t i = 0; i < placed; i++)
+			for (uint32_t k = i + 1; k < placed; k++)
+				score += order[k] < order[i];
 		if (score < puzzle->best_score) {
 			puzzle->best_score = score;
 			memcpy(puzzle->best, order, placed);
@@ -142,8 +165,12 @@ static void try_orders(struct puzzle *puzzle, uint8_t *order, uint32_t placed, u
 	for (uint32_t i = 0; i < puzzle->moves; i++) {
 		if (used & 1U << i)
 			continue;
-		order[placed] = puzzle->move[i];
-		try_orders(puzzle, order, placed + 1, used | 1U << i);
+		/* Who drops goes on only when the event was read: what was read before had happened. */
+		if (!is_late || puzzle->events[puzzle->move[i]].event != UFFD_EVENT_REMOVE) {
+			order[placed] = puzzle->move[i];
+			try_orders(puzzle, order, placed + 1, used | 1U << i);
+		}
+		is_late = true;
 	}
 }
 
@@ -167,7 +194,6 @@ static bool touch(const struct lz_event *one, const struct lz_event *other)
 /* Where the forks of a batch go among its moves; sets of moves are bits by their place in puzzle->best. */
 struct plan {
 	const struct puzzle *puzzle;
-	uint32_t count;                           /* events of the batch */
 	uint32_t wrong[LZ_BATCH][1U << LZ_BATCH]; /* see wrong_for_fork(), plus 1; 0: not asked */
 	enum lz_truth in_child[LZ_BATCH][POINTS];
 	uint32_t best_cost;
@@ -217,7 +243,7 @@ static uint32_t lateness(const struct plan *plan, uint32_t next, uint32_t used)
 	bool is_late = false;
 	uint32_t distance = 0;
 
-	for (uint32_t i = 0; i < plan->count; i++) {
+	for (uint32_t i = 0; i < plan->puzzle->count; i++) {
 		if (i == next || used >> i & 1 || !was_before(plan->puzzle, i, next))
 			continue;
 		is_late = true;
@@ -240,12 +266,12 @@ static void place_rest(struct plan *plan, uint8_t *order, uint32_t placed, uint3
 
 	if (cost >= plan->best_cost)
 		return;
-	if (placed == plan->count) {
+	if (placed == plan->puzzle->count) {
 		plan->best_cost = cost;
 		memcpy(plan->best, order, placed);
 		return;
 	}
-	for (uint32_t next = 0; next < plan->count; next++) {
+	for (uint32_t next = 0; next < plan->puzzle->count; next++) {
 		bool is_fork = puzzle->events[next].event == UFFD_EVENT_FORK, is_free = true;
 		uint32_t at = 0, late;
 
@@ -310,7 +336,8 @@ static void order_many(const struct lz_event *events, uint32_t count, lz_truth_f
 			uint64_t address;
 
 			if (!goes_where_unmapped(move, &events[unmapping], &address) ||
-			    predict(events, order, i, address, truth(context, LZ_BEFORE, address)) != LZ_REGISTERED)
+			    predict(events, count, order, i, address, truth(context, LZ_BEFORE, address)) !=
+				    LZ_REGISTERED)
 				continue;
 			memmove(&order[i + 1], &order[i], from - i);
 			order[i++] = unmapping;
@@ -318,12 +345,37 @@ static void order_many(const struct lz_event *events, uint32_t count, lz_truth_f
 	}
 }
 
+/*
+ * What is known of a point in the child of a fork. That it is not registered there proves something only if nothing
+ * else is either of what an event names with it: MADV_DONTFORK may have kept a part from the child.
+ */
+static enum lz_truth truth_in_child(const struct puzzle *puzzle, uint32_t fork, uint64_t address,
+				    lz_truth_function *truth, void *context)
+{
+	enum lz_truth known = truth(context, (int)fork, address);
+
+	for (uint32_t i = 0; i < puzzle->count && known == LZ_NOT_REGISTERED; i++) {
+		const struct lz_event *event = &puzzle->events[i];
+		const uint64_t pages = (event->end - event->start) >> LZ_PAGE_SHIFT;
+
+		if (effect(event, address) == LZ_UNKNOWN || (event->start != address && event->to != address))
+			continue;
+		for (uint64_t k = 1; k <= SAMPLES; k++) {
+			uint64_t page = k == SAMPLES ? pages - 1 : pages * k / SAMPLES;
+
+			if (page && truth(context, (int)fork, address + (page << LZ_PAGE_SHIFT)) != LZ_NOT_REGISTERED)
+				return LZ_UNKNOWN;
+		}
+	}
+	return known;
+}
+
 void lz_layout_order(const struct lz_event *events, uint32_t count, lz_truth_function *truth, void *context,
 		     uint8_t *order)
 {
-	struct puzzle puzzle = { .events = events, .best_score = UINT32_MAX };
+	struct puzzle puzzle = { .events = events, .count = count, .best_score = UINT32_MAX };
 	uint8_t attempt[LZ_BATCH];
-	struct plan plan = { .puzzle = &puzzle, .count = count, .best_cost = UINT32_MAX };
+	struct plan plan = { .puzzle = &puzzle, .best_cost = UINT32_MAX };
 	uint64_t address;
 
 	if (count > LZ_BATCH) {
@@ -357,7 +409,7 @@ void lz_layout_order(const struct lz_event *events, uint32_t count, lz_truth_fun
 	}
 	for (uint32_t i = 0; i < count; i++)
 		for (uint32_t p = 0; p < puzzle.points && events[i].event == UFFD_EVENT_FORK; p++)
-			plan.in_child[i][p] = truth(context, (int)i, puzzle.point[p]);
+			plan.in_child[i][p] = truth_in_child(&puzzle, i, puzzle.point[p], truth, context);
 	place_rest(&plan, attempt, 0, 0, 0, 0);
 	memcpy(order, plan.best, count);
 }

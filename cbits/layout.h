@@ -41,6 +41,7 @@ struct lz_event {
 	uint64_t to;    /* UFFD_EVENT_REMAP: where to */
 	uint32_t event; /* UFFD_EVENT_* */
 	int32_t uffd;   /* UFFD_EVENT_FORK: the child's */
+	uint64_t read_ns;
 	/* UFFD_EVENT_FORK: the layout was watched without a break since the one event before and never seen settled,
 	 * so the fork had happened before the thread that raised that event went on. */
 	bool overlapped;

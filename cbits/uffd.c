@@ -9,6 +9,14 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+/* A test build can be told that its kernel is older than UFFDIO_POISON (6.6). */
+#ifdef LZ_TEST_POINTS
+extern int lz_lacks_poison __attribute__((weak));
+#define LZ_LACKS_POISON (&lz_lacks_poison && lz_lacks_poison)
+#else
+#define LZ_LACKS_POISON false
+#endif
+
 #define UNREADABLE_BYTES (2 * LZ_PAGE_SIZE) /* as long as a probe is */
 
 /* An address of ours that cannot be read. Addresses below vm.mmap_min_addr will not do: they are -EINVAL. */
@@ -78,6 +86,8 @@ int lz_uffd_poison(int uffd, uint64_t start, uint64_t length, uint64_t *done)
 	struct uffdio_poison poison = { .range = { .start = start, .len = length } };
 
 	*done = 0;
+	if (LZ_LACKS_POISON)
+		return -EINVAL;
 	if (ioctl(uffd, UFFDIO_POISON, &poison) < 0)
 		return settled_failure(uffd, poison.updated, done);
 	*done = length;

@@ -51,7 +51,7 @@
 		}                                                                                                      \
 	} while (0)
 
-enum op { NOP, READ, WRITE, DROP, FREE, WIPE, MOVE, GROW, UNMAP, MAP, FORK, EXIT, CALL };
+enum op { NOP, READ, WRITE, DROP, FREE, WIPE, KEEP, MOVE, GROW, UNMAP, MAP, FORK, EXIT, CALL };
 
 struct slot { /* one victim thread */
 	volatile int op;
@@ -102,6 +102,9 @@ static uint64_t word_at(uint64_t image_address)
 	x = (x ^ x >> 27) * 0x94D049BB133111EBULL;
 	return (x ^ x >> 31) | 1;
 }
+
+extern int lz_lacks_poison;
+int lz_lacks_poison; /* this kernel is older than UFFDIO_POISON */
 
 /* Named points: one armed at a time. */
 
@@ -205,6 +208,9 @@ static void obey(struct slot *slot)
 		break;
 	case WIPE:
 		slot->result = madvise(at, slot->length, MADV_WIPEONFORK) ? (uint64_t)errno : 0;
+		break;
+	case KEEP:
+		slot->result = madvise(at, slot->length, MADV_DONTFORK) ? (uint64_t)errno : 0;
 		break;
 	case MOVE: {
 		void *to = mremap(at, slot->length, slot->length, MREMAP_MAYMOVE | MREMAP_FIXED,
@@ -807,6 +813,46 @@ static void test_wiped_on_fork(void)
 }
 
 /* A VMA without image bytes goes back to the kernel at once; the task's memory stays right. */
+/* A thread keeps memory from its child, forks, and unmaps that and what is behind it: the child has what is behind. */
+static void test_kept_from_the_child(void)
+{
+	set_up(PLAIN(LZ_FILL_OFF));
+	lz_engine_finish_restore(engine);
+	CHECK(run(0, KEEP, BASE + 16 * PAGE, 0, 4 * PAGE) == 0);
+	arm("event-kept", UFFD_EVENT_FORK);
+	begin(&control->slot[0], FORK, 0, 0, 0);
+	CHECK(reached());
+	CHECK(finish(&control->slot[0]) == 0);
+	begin(&control->slot[0], UNMAP, BASE + 16 * PAGE, 0, 8 * PAGE);
+	CHECK(blocks(&control->slot[0]));
+	let_go();
+	CHECK(finish(&control->slot[0]) == 0);
+	for (uint32_t page = 20; page < 56; page++)
+		CHECK(run_child(READ, BASE + page * PAGE, 0, 0) == word_at(BASE + page * PAGE));
+	tear_down();
+}
+
+/* What cannot be read, on a kernel that cannot poison: who touches it waits, and so does the child of a fork. */
+static void test_held_back_and_fork(void)
+{
+	int fd;
+	struct scene scene = { .pages = 64, .fill = LZ_FILL_FULL, .vmas = 1, .source_fd = &fd };
+
+	lz_lacks_poison = 1;
+	set_up(&scene);
+	CHECK(!ftruncate(fd, 40 * PAGE));
+	lz_engine_finish_restore(engine);
+	begin(&control->slot[1], READ, BASE + 50 * PAGE, 0, 0);
+	CHECK(blocks(&control->slot[1]));
+	CHECK(run(0, FORK, 0, 0, 0) == 0);
+	CHECK(run_child(READ, BASE + 20 * PAGE, 0, 0) == word_at(BASE + 20 * PAGE));
+	begin(&control->child, READ, BASE + 51 * PAGE, 0, 0);
+	CHECK(blocks(&control->child));
+	lz_lacks_poison = 0;
+	tear_down();
+	close(fd);
+}
+
 static void test_hand_back(void)
 {
 	struct scene scene = { .pages = 64, .fill = LZ_FILL_OFF, .vmas = 2 };
@@ -1357,6 +1403,8 @@ int main(int argc, char **argv)
 		TEST(test_shrink_grow_and_fork),
 		TEST(test_fork_and_unmap_in_both),
 		TEST(test_wiped_on_fork),
+		TEST(test_kept_from_the_child),
+		TEST(test_held_back_and_fork),
 		TEST(test_hand_back),
 		TEST(test_hand_back_and_move),
 		TEST(test_source_cut),
