@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -16,8 +17,10 @@ from pathlib import Path
 
 from lazyd.errors import LazydError, ProtocolError, RestoreError, SystemCallError, UsageError
 from lazyd.hints import TYPE_CHECKING, Any
-from lazyd.migrate.conversation import VERSION, Conversation
+from lazyd.migrate.conversation import VERSION, Conversation, GivenUpError, give_up_at_signals
 from lazyd.report import Log, human_seconds
+from lazyd.restore_socket import SOCKET_NAME
+from lazyd.target.process import descendants
 from lazyd.tcp import Peer, listen, prepare
 from lazyd.tls.settings import Files
 from lazyd.tuples import NamedTuple
@@ -55,6 +58,7 @@ class Settings(NamedTuple):
 def receive(settings: Settings, log: Log) -> int:
     """Take one migration; return 0 once all memory is there."""
     images = settings.images.absolute()
+    give_up_at_signals()
     try:
         images.mkdir(exist_ok=True)
         holds = [path.name for path in images.iterdir() if path.suffix not in _LEFT_BEHIND]
@@ -75,6 +79,8 @@ def receive(settings: Settings, log: Log) -> int:
             try:
                 control, link = _take_callers(listener, endpoint, stack, log)
                 break
+            except GivenUpError:
+                raise
             except LazydError as error:
                 log.error(f"{error}; waiting for another")
         listener.close()
@@ -120,7 +126,9 @@ class _Migration:
         self._images = settings.images
         self._statistics = self._images / "lazyd-stats.json"
         self._daemon: subprocess.Popen[bytes] | None = None
-        self._ready = -1
+        self._ready = self._family = -1
+        """The ends of pipes: what serves is ready, and none of its processes is there any more."""
+        self._written: list[Path] = []
 
     def run(self) -> int:
         """Do all steps; return 0 once all memory is there."""
@@ -132,13 +140,13 @@ class _Migration:
             self._control.say("restoring")
             self._control.hear("go", timeout_s=_HELLO_S)
             begun = time.monotonic()
+            self._ignore_signals()
             pid = self._restore()
         except LazydError as error:
             # What serves sees that the restore has failed, and parts from the source so that the task goes on there.
             self._end_daemon()
-            for path in self._images.iterdir():
-                if path.suffix not in _LEFT_BEHIND:
-                    path.unlink()
+            for path in self._written:
+                path.unlink(missing_ok=True)
             with contextlib.suppress(LazydError):
                 self._control.say("failed", reason=str(error))
             raise
@@ -147,6 +155,15 @@ class _Migration:
             self._control.say("running", pid=pid)
         return self._wait()
 
+    def _ignore_signals(self) -> None:
+        """Have nothing end this process in the middle of a restore: a Ctrl-C ends that, and this one says so."""
+
+        def say(number: int, _: object) -> None:
+            self._log.warning(f"{signal.Signals(number).name}: not now, the tasks are being restored")
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, say)
+
     def _take_images(self) -> tuple[int, int]:
         count = total = 0
         while True:
@@ -154,12 +171,14 @@ class _Migration:
             if said.word == "images":
                 return count, total
             total += self._control.hear_file(said, self._images)
+            self._written.append(self._images / said.values["name"])
             count += 1
 
     def _start_daemon(self) -> None:
         """Start what will serve the memory: it imports what it needs while the task still runs, and then waits."""
         self._ready, writing = os.pipe()
-        numbers = (self._link.fileno(), writing)
+        self._family, theirs = os.pipe()
+        numbers = (self._link.fileno(), writing, theirs)
         self._link.settimeout(None)
         words = [sys.executable, "-P", "-c", _PRELOADED, "lazy-pages", "-D", str(self._images), "--no-progress"]
         words += ["--page-server", "--ps-socket", str(numbers[0]), "--status-fd", str(writing)]
@@ -173,11 +192,13 @@ class _Migration:
             start_new_session=True,  # what interrupts us is passed on
         )
         os.close(writing)
+        os.close(theirs)
 
     def _have_it_listen(self) -> None:
         """Have it load the images; return once it listens."""
         assert self._daemon is not None
         assert self._daemon.stdin is not None
+        self._written += [self._statistics, self._images / "restored.pid", self._images / SOCKET_NAME]
         with contextlib.suppress(BrokenPipeError):
             self._daemon.stdin.write(b"\n")
             self._daemon.stdin.close()
@@ -193,19 +214,35 @@ class _Migration:
         # Its tasks may keep what it was given for output open for ever: a file, no pipe.
         with (self._images / "restore.out").open("wb") as out:
             try:
-                code = subprocess.run(
-                    [*words, *self._settings.criu_options],
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=out,
-                    check=False,
-                ).returncode
+                restorer = subprocess.Popen(
+                    [*words, *self._settings.criu_options], stdin=subprocess.DEVNULL, stdout=out, stderr=out
+                )
             except OSError as error:
                 reason = (error.strerror or str(error)).lower()
                 raise RestoreError(f"{self._settings.criu}: cannot be started: {reason} (--criu names it)") from error
-        if code:
+        self._watch_over(restorer)
+        if restorer.wait():
             raise RestoreError(f"criu restore: {self._last_error()}")
         return int(pidfile.read_text())
+
+    def _watch_over(self, restorer: subprocess.Popen[bytes]) -> None:
+        """Return when criu restore has ended. If the source goes first, so does what it was making: RestoreError.
+
+        The source says nothing until it is told that the tasks run. What they need to become whole may be at the
+        source only, and criu would wait for it for ever.
+        """
+        pidfd = os.pidfd_open(restorer.pid)
+        try:
+            ready = select.select([pidfd, self._control.stream.fileno()], [], [])[0]
+        finally:
+            os.close(pidfd)
+        if pidfd in ready:
+            return
+        for pid in (*descendants(restorer.pid), restorer.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        restorer.wait()
+        raise RestoreError(f"{self._control.peer} has gone before its tasks were whole; they were ended here")
 
     def _wait(self) -> int:
         """Wait until all memory is there; tell both sides."""
@@ -214,6 +251,9 @@ class _Migration:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: daemon.send_signal(number))
         code = daemon.wait()
+        if code < 0:  # it was killed, and others have taken its place
+            os.read(self._family, 1)
+            code = self._code_of_family()
         if code:
             reason = f"not all memory has come: {self._last_line('lazy-pages.log')}"
             with contextlib.suppress(LazydError):
@@ -227,6 +267,13 @@ class _Migration:
         with contextlib.suppress(LazydError):
             self._control.say("full", summary=summary)
         return 0
+
+    def _code_of_family(self) -> int:
+        """Return how what serves has ended, where it was not the process that was started that did."""
+        try:
+            return int(json.loads(self._statistics.read_text())["exit_code"])
+        except (OSError, ValueError, KeyError):
+            return 1
 
     def _end_daemon(self) -> None:
         """See what serves end: by itself where it has heard of a restore that failed, else it is told to."""
@@ -261,12 +308,13 @@ class _Migration:
 def summary_lines(statistics: dict[str, Any]) -> list[str]:
     """Say what a migration took, as both sides tell it."""
     seconds, faults, server = statistics["seconds"], statistics["faults"], statistics["page_server"]
-    full = seconds["full"] - seconds["restored"]
+    # Whoever serves in the place of one that was killed does not know when the restore was over.
+    full = None if seconds["restored"] is None else seconds["full"] - seconds["restored"]
     latency = ""
     if faults["count"]:
         latency = f", p50 {human_seconds(faults['p50_ns'] / 1e9)}, p99 {human_seconds(faults['p99_ns'] / 1e9)}"
     return [
-        f"full {human_seconds(full)} after that",
+        "full" if full is None else f"full {human_seconds(full)} after that",
         f"faults: {faults['count']}{latency}",
         f"pages: {human_bytes(server['bytes'])} in {server['requests']} requests, "
         f"round trip {human_seconds(server['round_trip_ns'] / 1e9)}",

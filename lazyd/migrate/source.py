@@ -18,10 +18,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lazyd.errors import DumpError, ProtocolError
-from lazyd.migrate.conversation import VERSION, Conversation, Said
+from lazyd.migrate.conversation import VERSION, Conversation, Said, give_up_at_signals
 from lazyd.migrate.guard import Guard, how_to_decide
 from lazyd.net import delete_firewall_table, firewall_tables
 from lazyd.report import Log, human_seconds
+from lazyd.target.process import descendants
 from lazyd.tcp import Peer, connect
 from lazyd.tls.settings import Files
 from lazyd.tuples import NamedTuple
@@ -31,6 +32,7 @@ _ANSWER_S = 20.0
 _RESTORE_S = 600.0
 _DUMPER_S = 30.0
 _LOOK_S = 0.5
+_SILENT_S = 5.0
 _LAST_WORDS_S = 5.0
 
 
@@ -52,10 +54,15 @@ class Settings(NamedTuple):
 _LOCK_PREFIX = "CRIU-"
 
 
+class _DumperDiedError(DumpError):
+    """criu dump has ended with a failure, and what it held goes on."""
+
+
 def migrate(settings: Settings, log: Log) -> int:
     """Migrate a task tree; return 0 once its copy has all of its memory. LazydError: it goes on here, as it was."""
     if not Path(f"/proc/{settings.pid}").exists():
         raise DumpError(f"process {settings.pid}: no such process")
+    give_up_at_signals()
     with contextlib.ExitStack() as stack:
         connect_once = _connector(settings, stack)
         peer = f"{settings.host}:{settings.port}"
@@ -106,16 +113,21 @@ class _Migration:
         """Do all steps; LazydError if it failed and the task goes on."""
         self._dump()
         self._send_images()
-        self._control.hear("restoring", timeout_s=_RESTORE_S)
+        try:
+            self._hear("restoring")
+        except _DumperDiedError as error:
+            raise DumpError(f"process {self._settings.pid}: {error}; it goes on as it was") from error
         self._guard.hold_at_end()
         self._ignore_signals()
         try:
             self._control.say("go")
-            said = self._control.hear("running", "failed", timeout_s=_RESTORE_S)
+            said = self._hear("running", "failed")
             if said.word == "running":
                 stopped = human_seconds(time.monotonic() - self._begun)
                 self._log.message(f"running at {self._control.peer}; it was stopped for {stopped} at most")
                 said = self._hear_ending()
+        except _DumperDiedError as error:
+            return self._stop(str(error))
         except Exception as error:
             return self._hold(str(error))
         if said.word == "full":
@@ -123,12 +135,43 @@ class _Migration:
         if said.word == "lost":
             return self._hold(f"{self._control.peer}: {said.values.get('reason')}")
         self._guard.let_go_at_end()
-        raise ProtocolError(self._control.peer, f"{said.values.get('reason')}; the task goes on here")
+        raise self._failed(said)
+
+    def _hear(self, *words: str) -> Said:
+        """Return what the destination says next, while the task is stopped. _DumperDiedError if it goes on instead."""
+        begun, is_told = time.monotonic(), False
+        while not self._is_speaking():
+            waited = time.monotonic() - begun
+            if waited > _SILENT_S and not is_told:
+                is_told = True
+                waits = f"{self._control.peer} to say {' or '.join(words)}; process {self._settings.pid} is stopped"
+                self._log.warning(f"waiting for {waits}")
+            if waited > _RESTORE_S:
+                raise ProtocolError(self._control.peer, f"says nothing for {_RESTORE_S:g} s")
+        return self._control.hear(*words, timeout_s=_ANSWER_S)
+
+    def _is_speaking(self) -> bool:
+        """Wait a moment for the destination to say something. _DumperDiedError if the dumper has ended with a failure.
+
+        It holds the task stopped: who has killed it has let the task go on.
+        """
+        assert self._dumper is not None
+        with contextlib.ExitStack() as stack:
+            watched: list[socket.socket | int] = [self._control.stream]
+            if self._dumper.returncode is None:
+                watched.append(pidfd := os.pidfd_open(self._dumper.pid))
+                stack.callback(os.close, pidfd)
+            ready = select.select(watched, [], [], _LOOK_S)[0]
+        if self._control.stream in ready:
+            return True
+        if self._dumper.poll():
+            raise _DumperDiedError(f"criu dump has ended with {self._dumper.returncode}: {self._last_error()}")
+        return False
 
     def _hear_ending(self) -> Said:
         """Return what the destination says last; ProtocolError too if pages cannot get there any more."""
         silent_since = 0.0
-        while not select.select([self._control.stream], [], [], _LOOK_S)[0]:
+        while not self._is_speaking():
             if not self._guard.link_ended.is_set():
                 continue
             silent_since = silent_since or time.monotonic()
@@ -179,6 +222,8 @@ class _Migration:
             os.close(reading)
         if not is_ready:
             self._dumper.wait()
+            if not Path(f"/proc/{self._settings.pid}").exists():
+                raise DumpError(f"process {self._settings.pid}: it is gone, ended or migrated by somebody else")
             raise DumpError(f"process {self._settings.pid}: criu dump: {self._last_error()}; it goes on as it was")
         self._log.info(
             f"process {self._settings.pid} is stopped, after {human_seconds(time.monotonic() - self._begun)}"
@@ -202,6 +247,36 @@ class _Migration:
         self._control.say("images", suite=self._settings.criu)
         took = time.monotonic() - begun
         self._log.info(f"{count} images sent, {human_bytes(total)} in {human_seconds(took)}")
+
+    def _stop(self, why: str) -> int:
+        """Stop the task again, which its dumper has let go on, unless the destination says that no copy runs.
+
+        A destination whose restore has failed has the dumper let go, and says so a moment later.
+        """
+        self._signal_tasks(signal.SIGSTOP)
+        self._guard.end()  # what a copy still lacks cannot come
+        try:
+            said = self._control.hear("running", "failed", "lost", timeout_s=_ANSWER_S)
+        except ProtocolError as error:
+            why = f"{why}; {error}"
+        else:
+            if said.word == "failed":
+                self._signal_tasks(signal.SIGCONT)
+                raise self._failed(said)
+        self._log.error(
+            f"{why}; process {self._settings.pid} and its children are stopped, as their copy runs and lacks memory:"
+            " kill -CONT them if it never will again, else kill -KILL"
+        )
+        return 1
+
+    def _signal_tasks(self, number: signal.Signals) -> None:
+        for pid in (self._settings.pid, *descendants(self._settings.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def _failed(self, said: Said) -> ProtocolError:
+        """Return the error of a migration of which no copy runs."""
+        return ProtocolError(self._control.peer, f"{said.values.get('reason')}; the task goes on here")
 
     def _hold(self, why: str) -> int:
         """Keep the task stopped, since its copy has run, until somebody decides."""
