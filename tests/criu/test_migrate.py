@@ -17,8 +17,10 @@ import harness
 import migration
 import pki
 import pytest
+from process_harness import command_name
 
 from lazyd.net import Network, firewall_tables
+from lazyd.target.tracing import state_of
 
 PORT = 27100
 
@@ -302,12 +304,126 @@ def test_a_link_for_pages_that_breaks_holds_the_program(old_hosts):
     hosts.assert_goes_on()
 
 
+def kill_dumper(source):
+    """Kill the criu dump of a source, which the kernel then has let go of the task."""
+    words = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in harness.descendants(source.pid)}
+    (dumper,) = [pid for pid, said in words.items() if b"dump" in said and b"--tree" in said]
+    os.kill(dumper, signal.SIGKILL)
+
+
+def test_a_dumper_that_dies_before_leaves_the_program(old_hosts):
+    hosts = old_hosts
+    with false_destination(hosts) as (source, log, _, _):
+        kill_dumper(source)
+        assert wait(source, hosts) == 1
+        assert re.search(r"criu dump has ended with -9: .*; it goes on as it was\n$", log.read_text())
+        hosts.assert_goes_on()
+
+
+@pytest.mark.parametrize("answer", ["running", "failed"])
+def test_a_dumper_that_dies_after_go_does_not_let_two_run(old_hosts, answer):
+    hosts = old_hosts
+    with false_destination(hosts) as (source, log, control, _):
+        control.sendall(message(b'{"word": "restoring"}'))
+        while b"go" not in control.recv(1 << 10):
+            pass
+        kill_dumper(source)
+        harness.wait_until(lambda: hosts.task_state == "T", "it to be stopped again")
+        control.sendall(message(b'{"word": "%s", "pid": 1, "reason": "no restore today"}' % answer.encode()))
+        assert wait(source, hosts) == 1
+    if answer == "failed":
+        assert log.read_text().endswith(": no restore today; the task goes on here\n")
+    else:
+        assert re.search("ended with -9: .* are stopped, as their copy runs and lacks memory", log.read_text())
+        assert hosts.task_state == "T"
+        os.kill(hosts.pid, signal.SIGCONT)
+    hosts.assert_goes_on()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_source_that_is_told_to_end_before_leaves_its_program(old_hosts, number, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    with false_destination(old_hosts) as (source, log, _, _):
+        source.send_signal(number)
+        assert wait(source, old_hosts) == 1
+        assert log.read_text().endswith(f"given up because of {number.name}; the task goes on at the source\n")
+    assert not list((tmp_path / "temporary").iterdir())
+    old_hosts.assert_goes_on()
+
+
+def test_a_destination_that_is_told_to_end_while_it_waits(old_hosts):
+    destination, log = old_hosts.destination()
+    destination.terminate()
+    assert wait(destination, old_hosts) == 1
+    assert log.read_text().endswith("given up because of SIGTERM; the task goes on at the source\n")
+    assert not list(old_hosts.images.iterdir())
+
+
+def test_a_source_that_dies_during_the_restore_ends_that(old_hosts, tmp_path):
+    """What is being restored may wait for pages that cannot come any more."""
+    hosts = old_hosts
+    hangs = tmp_path / "criu"
+    hangs.write_text(f"#!/bin/sh\ntouch {tmp_path}/restoring\nsleep 600\n")
+    hangs.chmod(0o755)
+    (destination, log), (source, _) = hosts.destination(criu=str(hangs)), hosts.source()
+    harness.wait_until((tmp_path / "restoring").exists, f"the restore\n{hosts.logs()}")
+    made = [pid for pid in harness.descendants(destination.pid) if command_name(pid) in {"criu", "sleep"}]
+    source.kill()
+    source.wait()
+    assert wait(destination, hosts) == 1
+    assert "has gone before its tasks were whole; they were ended here" in log.read_text()
+    harness.wait_until(lambda: all(state_of(pid) in "ZX" for pid in made), "the end of all")
+    assert not [path for path in hosts.images.iterdir() if path.suffix not in {".log", ".out"}]
+
+
+@pytest.mark.parametrize("office", ["server", "keeper"])
+def test_what_serves_at_the_destination_is_killed(old_hosts, office):
+    """Others take its place, and both sides hear of the end."""
+    hosts = old_hosts
+    (destination, log), (source, source_log) = hosts.destination("--fill-rate", "1M"), hosts.source()
+    harness.wait_until(lambda: "running: process" in log.read_text(), f"the copy\n{hosts.logs()}")
+    family = [pid for pid in harness.descendants(destination.pid) if command_name(pid).startswith(("lazyd", "python"))]
+    server = [pid for pid in family if command_name(pid) == "lazyd-server"]
+    assert len(server) == 1, [command_name(pid) for pid in family]
+    os.kill(server[0] if office == "server" else family[0], signal.SIGKILL)
+    (hosts.state / "go").touch()
+    harness.wait_until(lambda: hosts.result.endswith("\n"), f"the verdict\n{hosts.logs()}")
+    assert hosts.result == "ok\n"
+    assert wait(destination, hosts) == 0, hosts.logs()
+    assert wait(source, hosts) == 0, hosts.logs()
+    assert re.search("^.*full", source_log.read_text(), re.MULTILINE)
+
+
+STRANGE = {
+    "a list": b"[1,2]",
+    "deep": b"[" * 100_000,
+    "no word": b'{"word": 7}',
+    "text": b'"hello"',
+}
+
+
+@pytest.mark.parametrize("content", STRANGE.values(), ids=STRANGE)
+def test_strange_messages_to_a_destination(old_hosts, content):
+    """Whoever sends them is told of, and the next one is welcome."""
+    hosts = old_hosts
+    destination, log = hosts.destination()
+    with hosts.there.inside(), socket.create_connection((hosts.link.second, PORT)) as stranger:
+        stranger.sendall(message(content))
+        harness.wait_until(lambda: "waiting for another" in log.read_text(), "it to say so")
+    assert re.search(r"says what is no message of lazyd migrate; waiting for another\n$", log.read_text())
+    source, _ = hosts.source()
+    assert wait(source, hosts) == 0, hosts.logs()
+    assert wait(destination, hosts) == 0, hosts.logs()
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "says what is no message of lazyd migrate"),
         (b"", "(hung up|the connection is gone: connection reset by peer)"),
         (b"\x20\0\0\0" + b"x" * 32, "says what is no message of lazyd migrate"),
+        (b"\x05\0\0\0[1,2]", "says what is no message of lazyd migrate"),
     ],
 )
 def test_a_destination_that_is_none_changes_nothing(old_hosts, answer, said):
