@@ -69,7 +69,10 @@ def test_server(content, cuts, header):
 
 @SETTINGS
 @given(
-    streams(), st.lists(st.integers(0, 1 << 14), max_size=6), st.lists(valid, max_size=5), st.sampled_from(list(HeaderSize))
+    streams(),
+    st.lists(st.integers(0, 1 << 14), max_size=6),
+    st.lists(valid, max_size=5),
+    st.sampled_from(list(HeaderSize)),
 )
 def test_client(content, cuts, asked, header):
     def parser():
