@@ -407,7 +407,7 @@ static int one_case_of_movers(void)
 /* Changes in their true order, and as they were read: what is found must leave what they left. */
 static bool is_found(const struct lz_event *made, uint32_t count, const uint8_t *as_read, uint64_t mapped)
 {
-	struct lz_event read[LZ_BATCH];
+	struct lz_event read[LZ_BATCH] = { 0 };
 	struct world applied, child_of[LZ_BATCH];
 	struct kernel kernel = { 0 };
 	uint8_t order[LZ_BATCH];
