@@ -5,7 +5,9 @@ A thread that executes a program takes the task's cred_guard_mutex, kills the ot
 gone (fs/exec.c, de_thread); one that is traced is gone only when its tracer has waited for it. PTRACE_SEIZE of any
 thread waits for that mutex (kernel/ptrace.c). So a tracer that has some threads and seizes the next would wait for the
 exec, and the exec for the tracer, for ever. But any thread of the tracer's process may wait for its tracees: one of
-ours does, as long as threads are being seized. It waits for dead ones only, so it takes no stop from the tracer.
+ours does, as long as threads are being seized. It looks before it waits (WNOWAIT), and takes none but dead ones: to
+wait for ends only makes no difference with tracees, whose stops are reported all the same (kernel/exit.c,
+wait_task_stopped), and would be lost to the tracer.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from types import TracebackType
 from lazyd.target.binding import WALL
 
 _INTERVAL_S = 0.02
+_ENDS = (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED)
 
 
 class Reaper:
@@ -42,7 +45,9 @@ class Reaper:
         while not self._is_over.wait(_INTERVAL_S):
             for tid in tuple(self._tids):
                 with suppress(ChildProcessError):
-                    os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | WALL)
+                    found = os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | os.WNOWAIT | WALL)
+                    if found is not None and found.si_code in _ENDS:
+                        os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | WALL)
 
     def __enter__(self) -> Reaper:
         return self

@@ -191,6 +191,15 @@ def test_a_thread_executes_a_program_while_others_are_seized(monkeypatch):
         victim.wait()
 
 
+def test_who_waits_for_the_dead_takes_no_stop(start, monkeypatch):
+    """The kernel reports stops of tracees to whoever waits for ends, too."""
+    monkeypatch.setattr("lazyd.target.reaper._INTERVAL_S", 0)
+    victim = start("registers", "calls", "futex")
+    for _ in range(30 * STRESS):
+        StoppedTask(victim.pid).release()
+    assert victim.finish() == "ok\n"
+
+
 def test_the_parent_of_a_vfork_is_refused(tmp_path):
     source = tmp_path / "vfork.c"
     source.write_text("#include <unistd.h>\nint main(void) { if (!vfork()) { pause(); _exit(0); } pause(); }\n")
