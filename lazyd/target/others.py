@@ -74,7 +74,13 @@ class Others:
             if pid == other or (other in self._pids and other < pid):
                 continue  # two of the tasks are compared once
             for kind in kinds:
-                if shares_with_any(pid, threads, kind) and _has_memory(pid) and any(map(_has_memory, threads)):
+                # Two that end have nothing, which is the same. So once more, when both are seen to have memory.
+                if (
+                    shares_with_any(pid, threads, kind)
+                    and _has_memory(pid)
+                    and any(map(_has_memory, threads))
+                    and shares_with_any(pid, threads, kind)
+                ):
                     yield Problem(_SHARED[kind], f"shared with process {other} ({_name(other)}) (vfork or clone)")
 
 

@@ -36,6 +36,7 @@ from lazyd.tuples import NamedTuple
 _PF_KTHREAD, _PF_IO_WORKER, _PF_EXITING = 0x00200000, 0x00000010, 0x00000004  # include/linux/sched.h; field 9 of stat
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 _LOOKS = 50  # at a task that changes all the time, before it is given up
+_DENIALS = 5  # before they are believed
 _ZOMBIE_LOOKS, _ZOMBIE_PAUSE_S = 5, 0.002
 
 
@@ -121,6 +122,7 @@ class Survey:
         self._tasks = frozenset(tasks) | {pid}
         self.has_tracker = has_tracker
         self._mappings: Known = {}
+        self._denials = 0
         self._threads: set[int] = set()
         """Those that are no workers of an io_uring, which threads are from the first or never."""
 
@@ -144,7 +146,8 @@ class Survey:
             return None
         except PermissionError as error:
             # What ends, because another thread of its task executes a program, may not be looked at either.
-            if not _has_memory(self.pid):
+            self._denials += 1
+            if not _has_memory(self.pid) or self._denials < _DENIALS:
                 return None
             what = f": {error.filename}" if error.filename else ""
             raise DumpError(f"process {self.pid}: no permission to look at it{what}; run as root") from None
@@ -208,17 +211,22 @@ class Survey:
         return problems
 
     def _of_thread_alone(self, tid: int) -> list[Problem]:
+        if not self._own(tid) or _is_ending(tid):
+            return []
+        if _is_ending(self.pid):  # and has nothing any more
+            raise ProcessLookupError
+        # Once more: the leading thread may just have been another one, which an exec has ended.
+        return [Problem(f"thread {tid}", f"has {what} of its own (unshare)") for what in self._own(tid)]
+
+    def _own(self, tid: int) -> list[str]:
+        """Return what a thread does not share with the leading one."""
         own = []
         with suppress(ProcessLookupError):
             if kcmp(self.pid, tid, KCMP_FILES):
                 own.append("descriptors")
             if kcmp(self.pid, tid, KCMP_FS):
                 own.append("a working directory")
-        if not own or _is_ending(tid):
-            return []
-        if _is_ending(self.pid):  # and has neither any more
-            raise ProcessLookupError
-        return [Problem(f"thread {tid}", f"has {what} of its own (unshare)") for what in own]
+        return own
 
     def _of_mappings(self, mappings: list[Mapping]) -> list[Problem]:
         problems = [Problem(f"mapping {mapping}", mapping.problem) for mapping in mappings if mapping.problem]
