@@ -366,7 +366,7 @@ def test_a_source_that_dies_during_the_restore_ends_that(old_hosts, tmp_path):
     hangs = tmp_path / "criu"
     hangs.write_text(f"#!/bin/sh\ntouch {tmp_path}/restoring\nsleep 600\n")
     hangs.chmod(0o755)
-    (destination, log), (source, _) = hosts.destination(criu=str(hangs)), hosts.source()
+    (destination, log), (source, source_log) = hosts.destination(criu=str(hangs)), hosts.source()
     harness.wait_until((tmp_path / "restoring").exists, f"the restore\n{hosts.logs()}")
     made = [pid for pid in harness.descendants(destination.pid) if command_name(pid) in {"criu", "sleep"}]
     source.kill()
@@ -375,6 +375,10 @@ def test_a_source_that_dies_during_the_restore_ends_that(old_hosts, tmp_path):
     assert "has gone before its tasks were whole; they were ended here" in log.read_text()
     harness.wait_until(lambda: all(state_of(pid) in "ZX" for pid in made), "the end of all")
     assert not [path for path in hosts.images.iterdir() if path.suffix not in {".log", ".out"}]
+    # What is left at the source cannot know that no copy runs, and asks.
+    harness.wait_until(lambda: "is held" in source_log.read_text(), "what is left to ask")
+    os.kill(int(re.search(r"kill -USR1 (\d+)", source_log.read_text())[1]), signal.SIGUSR1)
+    hosts.assert_goes_on()
 
 
 @pytest.mark.parametrize("office", ["server", "keeper"])
