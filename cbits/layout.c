@@ -45,12 +45,18 @@ static enum lz_truth effect(const struct lz_event *event, uint64_t address)
 	}
 }
 
-/* Whether the UNMAP of the old place of an mremap is in its batch: both tell of one moment. */
+/* Whether an event, read behind another, is the UNMAP of the old place of that mremap: both tell of one moment. */
+static bool is_second_half(const struct lz_event *unmap, const struct lz_event *move)
+{
+	return unmap->event == UFFD_EVENT_UNMAP && move->event == UFFD_EVENT_REMAP && unmap->start == move->start &&
+	       unmap->end == move->end;
+}
+
+/* Whether both events of an mremap are in its batch. */
 static bool is_whole(const struct lz_event *events, uint32_t all, uint32_t move)
 {
 	for (uint32_t i = move + 1; i < all; i++)
-		if (events[i].event == UFFD_EVENT_UNMAP && events[i].start == events[move].start &&
-		    events[i].end == events[move].end)
+		if (is_second_half(&events[i], &events[move]))
 			return true;
 	return false;
 }
@@ -123,17 +129,10 @@ static uint32_t collisions(const struct puzzle *puzzle, const uint8_t *order)
 /* Whether an order puts the unmapping of the old place of an mremap before its move: both are one call. */
 static bool splits_a_move(const struct puzzle *puzzle, const uint8_t *order)
 {
-	for (uint32_t i = 0; i < puzzle->moves; i++) {
-		const struct lz_event *unmap = &puzzle->events[order[i]];
-
-		for (uint32_t k = i + 1; k < puzzle->moves && unmap->event == UFFD_EVENT_UNMAP; k++) {
-			const struct lz_event *move = &puzzle->events[order[k]];
-
-			if (move->event == UFFD_EVENT_REMAP && move->start == unmap->start && move->end == unmap->end &&
-			    order[k] < order[i])
+	for (uint32_t i = 0; i < puzzle->moves; i++)
+		for (uint32_t k = i + 1; k < puzzle->moves; k++)
+			if (order[k] < order[i] && is_second_half(&puzzle->events[order[i]], &puzzle->events[order[k]]))
 				return true;
-		}
-	}
 	return false;
 }
 

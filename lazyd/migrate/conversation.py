@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lazyd.errors import LazydError, ProtocolError, SystemCallError
 from lazyd.hints import Any, BinaryIO
+from lazyd.report import Log
 from lazyd.tuples import NamedTuple
 
 VERSION = 1
@@ -38,6 +39,16 @@ def give_up_at_signals() -> None:
 
     for one in _ENDING:
         signal.signal(one, give_up)
+
+
+def refuse_signals(log: Log, why: str) -> None:
+    """From now on have no signal end this process: it is said that this is not the time, and why."""
+
+    def say(number: int, _: object) -> None:
+        log.warning(f"{signal.Signals(number).name}: not now, {why}")
+
+    for one in _ENDING:
+        signal.signal(one, say)
 
 
 class Said(NamedTuple):

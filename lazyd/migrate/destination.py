@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lazyd.errors import LazydError, ProtocolError, RestoreError, SystemCallError, UsageError
 from lazyd.hints import TYPE_CHECKING, Any
-from lazyd.migrate.conversation import VERSION, Conversation, GivenUpError, give_up_at_signals
+from lazyd.migrate.conversation import VERSION, Conversation, GivenUpError, give_up_at_signals, refuse_signals
 from lazyd.report import Log, human_seconds
 from lazyd.restore_socket import SOCKET_NAME
 from lazyd.target.process import descendants
@@ -140,7 +140,7 @@ class _Migration:
             self._control.say("restoring")
             self._control.hear("go", timeout_s=_HELLO_S)
             begun = time.monotonic()
-            self._ignore_signals()
+            refuse_signals(self._log, "the tasks are being restored")
             pid = self._restore()
         except LazydError as error:
             # What serves sees that the restore has failed, and parts from the source so that the task goes on there.
@@ -154,15 +154,6 @@ class _Migration:
         with contextlib.suppress(LazydError):  # whoever is not there any more has its connection for pages
             self._control.say("running", pid=pid)
         return self._wait()
-
-    def _ignore_signals(self) -> None:
-        """Have nothing end this process in the middle of a restore: a Ctrl-C ends that, and this one says so."""
-
-        def say(number: int, _: object) -> None:
-            self._log.warning(f"{signal.Signals(number).name}: not now, the tasks are being restored")
-
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, say)
 
     def _take_images(self) -> tuple[int, int]:
         count = total = 0

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lazyd.errors import DumpError, ProtocolError
-from lazyd.migrate.conversation import VERSION, Conversation, Said, give_up_at_signals
+from lazyd.migrate.conversation import VERSION, Conversation, Said, give_up_at_signals, refuse_signals
 from lazyd.migrate.guard import Guard, how_to_decide
 from lazyd.net import delete_firewall_table, firewall_tables
 from lazyd.report import Log, human_seconds
@@ -118,7 +118,8 @@ class _Migration:
         except _DumperDiedError as error:
             raise DumpError(f"process {self._settings.pid}: {error}; it goes on as it was") from error
         self._guard.hold_at_end()
-        self._ignore_signals()
+        # It would take from the copy what that still needs.
+        refuse_signals(self._log, f"the copy at {self._control.peer} needs this process until it is full")
         try:
             self._control.say("go")
             said = self._hear("running", "failed")
@@ -178,16 +179,6 @@ class _Migration:
             if time.monotonic() - silent_since > _LAST_WORDS_S:
                 raise ProtocolError(self._control.peer, "the connection for pages is gone, and not all have been sent")
         return self._control.hear("full", "lost")
-
-    def _ignore_signals(self) -> None:
-        """Have nothing end this process, which would take from the copy what it still needs."""
-
-        def say(number: int, _: object) -> None:
-            name = signal.Signals(number).name
-            self._log.warning(f"{name}: not now, the copy at {self._control.peer} needs this process until it is full")
-
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, say)
 
     def _dump(self) -> None:
         """Start the dumper; return once it has the task stopped and serves its memory."""

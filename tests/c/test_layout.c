@@ -134,13 +134,28 @@ static bool same(const struct world *one, const struct world *other, uint32_t fi
 	return true;
 }
 
+/* Order events as read and apply them to what there was before: what that leaves, and what each finds (found). */
+static struct world apply_as_found(const struct lz_event *read, uint32_t count, struct kernel *kernel,
+				   struct world *found)
+{
+	struct world applied = kernel->before;
+	uint8_t order[LZ_BATCH];
+
+	lz_layout_order(read, count, truth, kernel, order);
+	for (uint32_t i = 0; i < count; i++) {
+		found[order[i]] = applied;
+		change(&applied, &read[order[i]]);
+	}
+	return applied;
+}
+
 static int one_case(void)
 {
 	struct lz_event made[LZ_BATCH + 1], read[LZ_BATCH];
 	struct world child_of[LZ_BATCH], applied, found[LZ_BATCH];
 	struct kernel kernel;
 	uint32_t wanted = 2 + dice(EVENTS - 1), count = 0, passed;
-	uint8_t order[LZ_BATCH], at[LZ_BATCH];
+	uint8_t at[LZ_BATCH];
 	bool call[LZ_BATCH] = { false }; /* the second event of one system call */
 	bool grew[LZ_BATCH] = { false }; /* before it */
 	bool both, passes = dice(4);
@@ -189,12 +204,7 @@ static int one_case(void)
 	}
 	if (passes && !both)
 		read[passed + 1].overlapped = true;
-	lz_layout_order(read, count, truth, &kernel, order);
-	applied = kernel.before;
-	for (uint32_t i = 0; i < count; i++) {
-		found[order[i]] = applied;
-		change(&applied, &read[order[i]]);
-	}
+	applied = apply_as_found(read, count, &kernel, found);
 	for (uint32_t i = 0; i < count; i++)
 		if (read[i].event == UFFD_EVENT_FORK && !same(&found[i], &kernel.child[i], 0, PAGES))
 			return passes ? -1 : -2;
@@ -223,6 +233,34 @@ static uint32_t thread_of(const struct lz_event *event)
 	return (uint32_t)((event->event == UFFD_EVENT_FORK ? event->to : event->start / PAGE) / OWN);
 }
 
+enum step { NOTHING, DROPPED, READ_ONE };
+
+/* Perhaps let a thread drop what it was to, or have its next event read. */
+static enum step go_on(struct thread *thread, struct world *now, struct lz_event *read)
+{
+	if (thread->is_dropping && dice(2)) {
+		change(now, &thread->drop);
+		thread->is_dropping = false;
+		return DROPPED;
+	}
+	if (!thread->events || !dice(2))
+		return NOTHING;
+	*read = thread->queued[0];
+	thread->queued[0] = thread->queued[1];
+	thread->events--;
+	thread->is_dropping = read->event == UFFD_EVENT_REMOVE;
+	thread->drop = *read;
+	return READ_ONE;
+}
+
+static bool is_any_in_a_call(const struct thread *threads)
+{
+	for (uint32_t i = 0; i < THREADS; i++)
+		if (threads[i].events || threads[i].is_dropping)
+			return true;
+	return false;
+}
+
 static void call(struct world *world, struct thread *thread, uint32_t number)
 {
 	struct lz_event event;
@@ -248,51 +286,35 @@ static void call(struct world *world, struct thread *thread, uint32_t number)
 
 static int one_case_of_threads(void)
 {
-	struct lz_event read[LZ_BATCH];
+	struct lz_event read[LZ_BATCH + 1];
 	struct world child_of[THREADS], applied, found[LZ_BATCH];
 	struct thread threads[THREADS] = { 0 };
 	struct kernel kernel = { 0 };
-	uint32_t count = 0, calls = 2 + dice(3), pending = 0;
-	uint8_t order[LZ_BATCH];
+	uint32_t count = 0, calls = 2 + dice(3);
 
 	for (uint32_t p = 0; p < ALL; p++) {
 		kernel.before.content[p] = (uint8_t)(p % OWN < OWN - 1 && dice(3) ? p + 1 : 0);
 		kernel.before.joined[p] = p && kernel.before.content[p] && kernel.before.content[p - 1] && dice(2);
 	}
 	kernel.now = kernel.before;
-	while (calls || pending) {
+	while (calls || is_any_in_a_call(threads)) {
 		uint32_t number = dice(THREADS);
 		struct thread *thread = &threads[number];
+		enum step step = go_on(thread, &kernel.now, &read[count]);
 
-		if (thread->is_dropping && dice(2)) {
-			change(&kernel.now, &thread->drop);
-			thread->is_dropping = false;
-		} else if (thread->events && dice(2)) {
+		if (step == READ_ONE) {
 			if (count == LZ_BATCH)
 				return 0;
-			read[count] = thread->queued[0];
-			kernel.child[count] = child_of[number];
-			thread->queued[0] = thread->queued[1];
-			thread->events--;
-			thread->is_dropping = read[count].event == UFFD_EVENT_REMOVE;
-			thread->drop = read[count++];
-		} else if (!thread->events && !thread->is_dropping && calls) {
+			kernel.child[count++] = child_of[number];
+		} else if (step == NOTHING && !thread->events && !thread->is_dropping && calls) {
 			if (!dice(4)) /* no event tells of it */
 				grow(&kernel.now, number * OWN + dice(OWN - 2));
 			child_of[number] = kernel.now;
 			call(&kernel.now, thread, number);
 			calls--;
 		}
-		pending = 0;
-		for (uint32_t i = 0; i < THREADS; i++)
-			pending += threads[i].events + threads[i].is_dropping;
 	}
-	lz_layout_order(read, count, truth, &kernel, order);
-	applied = kernel.before;
-	for (uint32_t i = 0; i < count; i++) {
-		found[order[i]] = applied;
-		change(&applied, &read[order[i]]);
-	}
+	applied = apply_as_found(read, count, &kernel, found);
 	if (!same(&applied, &kernel.now, 0, ALL))
 		return -1;
 	for (uint32_t i = 0; i < count; i++) {
@@ -343,12 +365,12 @@ static struct lz_event draw_block(const struct world *world, uint8_t *owner, uin
 
 static int one_case_of_movers(void)
 {
-	struct lz_event read[LZ_BATCH];
-	uint8_t owner[BLOCKS], owner_then[THREADS][BLOCKS], owned[LZ_BATCH][BLOCKS], by[LZ_BATCH], order[LZ_BATCH];
+	struct lz_event read[LZ_BATCH + 1];
+	uint8_t owner[BLOCKS], owner_then[THREADS][BLOCKS], owned[LZ_BATCH][BLOCKS], by[LZ_BATCH];
 	struct world child_of[THREADS], applied, found[LZ_BATCH];
 	struct thread threads[THREADS] = { 0 };
 	struct kernel kernel = { 0 };
-	uint32_t count = 0, calls = 2 + dice(3), pending = 0;
+	uint32_t count = 0, calls = 2 + dice(3);
 
 	for (uint32_t b = 0; b < BLOCKS; b++) {
 		owner[b] = (uint8_t)(dice(4) ? b % THREADS : NOBODY);
@@ -356,25 +378,18 @@ static int one_case_of_movers(void)
 			kernel.before.content[p] = (uint8_t)(owner[b] == NOBODY ? 0 : p + 1);
 	}
 	kernel.now = kernel.before;
-	while (calls || pending) {
+	while (calls || is_any_in_a_call(threads)) {
 		uint8_t number = (uint8_t)dice(THREADS);
 		struct thread *thread = &threads[number];
+		enum step step = go_on(thread, &kernel.now, &read[count]);
 
-		if (thread->is_dropping && dice(2)) {
-			change(&kernel.now, &thread->drop);
-			thread->is_dropping = false;
-		} else if (thread->events && dice(2)) {
+		if (step == READ_ONE) {
 			if (count == LZ_BATCH)
 				return 0;
-			read[count] = thread->queued[0];
 			by[count] = number;
 			kernel.child[count] = child_of[number];
-			memcpy(owned[count], owner_then[number], BLOCKS);
-			thread->queued[0] = thread->queued[1];
-			thread->events--;
-			thread->is_dropping = read[count].event == UFFD_EVENT_REMOVE;
-			thread->drop = read[count++];
-		} else if (!thread->events && !thread->is_dropping && calls) {
+			memcpy(owned[count++], owner_then[number], BLOCKS);
+		} else if (step == NOTHING && !thread->events && !thread->is_dropping && calls) {
 			child_of[number] = kernel.now;
 			memcpy(owner_then[number], owner, BLOCKS);
 			thread->queued[0] = draw_block(&kernel.now, owner, number);
@@ -385,16 +400,8 @@ static int one_case_of_movers(void)
 				change(&kernel.now, &thread->queued[0]);
 			calls--;
 		}
-		pending = 0;
-		for (uint32_t i = 0; i < THREADS; i++)
-			pending += threads[i].events + threads[i].is_dropping;
 	}
-	lz_layout_order(read, count, truth, &kernel, order);
-	applied = kernel.before;
-	for (uint32_t i = 0; i < count; i++) {
-		found[order[i]] = applied;
-		change(&applied, &read[order[i]]);
-	}
+	applied = apply_as_found(read, count, &kernel, found);
 	if (!same(&applied, &kernel.now, 0, MOST))
 		return -1;
 	for (uint32_t i = 0; i < count; i++)
@@ -408,9 +415,8 @@ static int one_case_of_movers(void)
 static bool is_found(const struct lz_event *made, uint32_t count, const uint8_t *as_read, uint64_t mapped)
 {
 	struct lz_event read[LZ_BATCH] = { 0 };
-	struct world applied, child_of[LZ_BATCH];
+	struct world applied, child_of[LZ_BATCH], found[LZ_BATCH];
 	struct kernel kernel = { 0 };
-	uint8_t order[LZ_BATCH];
 
 	for (uint32_t p = 0; p < MOST; p++)
 		kernel.before.content[p] = (uint8_t)(mapped >> p & 1 ? p + 1 : 0);
@@ -423,13 +429,10 @@ static bool is_found(const struct lz_event *made, uint32_t count, const uint8_t 
 		read[i] = made[as_read[i]];
 		kernel.child[i] = child_of[as_read[i]];
 	}
-	lz_layout_order(read, count, truth, &kernel, order);
-	applied = kernel.before;
-	for (uint32_t i = 0; i < count; i++) {
-		if (read[order[i]].event == UFFD_EVENT_FORK && !same(&applied, &kernel.child[order[i]], 0, MOST))
+	applied = apply_as_found(read, count, &kernel, found);
+	for (uint32_t i = 0; i < count; i++)
+		if (read[i].event == UFFD_EVENT_FORK && !same(&found[i], &kernel.child[i], 0, MOST))
 			return false;
-		change(&applied, &read[order[i]]);
-	}
 	return same(&applied, &kernel.now, 0, MOST);
 }
 
