@@ -367,7 +367,7 @@ class ClientParser(_Parser):
         (value,) = layout.unpack(content)
         if awaited in (Answer.HAS_PARENT, Answer.PARENT_STATUS) and value > 1:
             # The first byte of the alert that a server sends to what is no TLS (RFC 8446, section 5.1).
-            hint = "; it wants TLS" if value == _TLS_ALERT else ""
+            hint = "; it wants TLS" if content[0] == _TLS_ALERT else ""
             raise self._error(f"{value} as an answer to whether there is a parent{hint}")
         return Reply(awaited, value)
 

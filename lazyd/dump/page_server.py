@@ -4,6 +4,7 @@
 One connection takes all images of a dump, one after the other. The server says whether it has a parent for an image
 when the image is opened, and checks parent holes itself. Headers are of one size for a connection; nothing tells a
 client which the server wants, and a server that gets the other one does not answer, or hangs up: then that is said.
+So it is asked something while no task is stopped yet: who will never answer is found out before anybody waits.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class PageServer(Destination):
         self._socket.settimeout(timeout_s)
         self._timeout_s = timeout_s
         self._parser = ClientParser(peer, header or (HeaderSize.WIDE if self.form.wide else HeaderSize.NARROW))
+        self._has_answered = False
         self._is_failed = False
         self._is_closed = False
 
@@ -79,6 +81,10 @@ class PageServer(Destination):
     def open(self, image: MemoryImage, expected_bytes: int = 0) -> Transfer:
         """Start an image; the server hears of it when its turn comes."""
         del expected_bytes  # the other side's to make room for
+        if not self._has_answered:
+            self.send(Message(Command.PARENT, destination=image_id(image.type, image.number)))
+            self._reply("the first question")
+            self._has_answered = True
         return _Stream(image, self)
 
     def open_image(self, destination: int) -> bool:

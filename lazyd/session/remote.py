@@ -26,9 +26,9 @@ from lazyd.wire import HeaderSize
 
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 5.0
-_PARTING = 0
-"""A word shared with the processes after this one. 1: all pages have come, and the connection is being ended, so that
-nothing it does is a loss any more."""
+_PARTING, _LINKS = range(2)
+"""Words shared with the processes after this one. 1: all pages have come, and the connection is being ended, so that
+nothing it does is a loss any more; how often there was another connection in the place of one that broke."""
 PROBE_S = 2.0
 DRAIN_S = 10.0
 SILENT_S = 5.0
@@ -52,7 +52,7 @@ class RemotePages:
         self._header = server.header or header
         self._pids = pids
         self._log = log
-        self._shared = SharedWords(1)
+        self._shared = SharedWords(2)
         self._retry_at: float | None = None
         self._retry_s = FIRST_RETRY_S
         self._is_lost = False
@@ -60,6 +60,8 @@ class RemotePages:
         """How many bytes have come, and since when no more have, though some are waited for."""
         self._is_silent = False
         self._link = connect(server)
+        self._number = 0
+        """Which of the links this is. In the place of a process that died there may have been another since."""
         hold_signals()  # one that ended this process here would end the connection, and a stock source's task with it
         self._identity = self._identify()
         """What lazyd's server has of the tasks; 0: this is another server."""
@@ -103,7 +105,8 @@ class RemotePages:
         if not info.error or self._shared[_PARTING]:
             return None  # it is up again, or not needed any more
         left = human_bytes(self._engine.totals().left_pages * PAGE_SIZE)
-        why = f"{self.name}: {self._link.why_ended() or describe(info)}"
+        known = self._link.why_ended() if self._number == self._shared[_LINKS] else ""
+        why = f"{self.name}: {known or describe(info)}"
         if self._can_come_back(info):
             self._log.warning(f"{why}; {left} are missing and wait, connecting again")
             self._retry_at = self._log.elapsed()
@@ -163,7 +166,9 @@ class RemotePages:
                 if found == self._identity:
                     self._engine.relink(link.connection.fileno(), self._header)
                     link.connection.detach()
-                    self._link = link
+                    before, self._link = self._link, link
+                    self._number = self._shared[_LINKS] = self._shared[_LINKS] + 1
+                    before.discard()
             finally:
                 if self._link is not link:
                     link.close()

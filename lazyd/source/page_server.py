@@ -71,6 +71,11 @@ class Link:
         ending = None if self._tunnel is None else self._tunnel.ending(_LAST_WORDS_S)
         return "" if ending is None else ending.reason
 
+    def discard(self) -> None:
+        """Release what is left of a link whose connection is the engine's, and is over."""
+        if self._tunnel is not None:
+            self._tunnel.discard()
+
     def close(self) -> None:
         """Close it, and wait until the peer has what was sent."""
         self.connection.close()

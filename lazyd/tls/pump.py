@@ -393,6 +393,7 @@ class Tunnel:
         self.version = session.tls.version() or ""
         self.pid = 0
         """The process that moves bytes; 0: a thread does."""
+        self._maker = os.getpid()
         self.plain, other = socket.socketpair()
         for one in (self.plain, other):
             one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
@@ -439,6 +440,17 @@ class Tunnel:
         if self.report_fd >= 0:
             os.close(self.report_fd)
             self.report_fd = -1
+
+    def discard(self) -> None:
+        """Release what is left of a connection that is over, and wait for nobody; the plain end has been closed.
+
+        A copy of this in another process does nothing: the numbers may have become somebody else's there.
+        """
+        if os.getpid() != self._maker:
+            return
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)  # not reaped, so it is still the same
+        self.close()
 
     def __enter__(self) -> Tunnel:
         return self

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -399,6 +400,26 @@ def test_a_page_server_on_no_host(start, tmp_path):
     victim = start("registers")
     words = ["--page-server", "--address", "no-such-host.invalid", "--port", "1"]
     assert "no such host" in one_line("dump", "--pid", victim.pid, "-D", tmp_path / "images", *words)
+    assert is_nothing_left(tmp_path)
+    assert victim.finish() == "ok\n"
+
+
+def test_nobody_is_stopped_while_a_page_server_says_nothing(start, tmp_path):
+    victim = start("registers", "nanosleep", "calls")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(20)
+        words = [LAZYD, "dump", "--pid", str(victim.pid), "-D", str(tmp_path / "images"), "--page-server"]
+        words += ["--address", "127.0.0.1", "--port", str(listening.getsockname()[1])]
+        with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+            connection, _ = listening.accept()
+            with connection:
+                assert connection.recv(64)
+                time.sleep(0.3)
+                assert tracing.tracer_of(victim.pid) == 0
+            _, said = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "hung up instead of answering" in said
+    assert said.count("\n") == 1
     assert is_nothing_left(tmp_path)
     assert victim.finish() == "ok\n"
 

@@ -53,10 +53,18 @@ class Server:
         return bool(content)
 
     def answer(self, message: Message) -> None:
-        if message.command is Command.OPEN2:
+        if message.command is Command.PARENT:
+            self.connection.sendall(encode_reply(Reply(Answer.PARENT_STATUS, self.has_parent)))
+        elif message.command is Command.OPEN2:
             self.connection.sendall(encode_reply(Reply(Answer.HAS_PARENT, self.has_parent)))
         elif message.command is Command.FORCE_CLOSE:
             self.connection.sendall(encode_reply(Reply(Answer.STATUS, self.status)))
+
+    def let_open(self) -> None:
+        """Answer the first question, and take an image's opening."""
+        for answer in (Reply(Answer.PARENT_STATUS, 0), Reply(Answer.HAS_PARENT, 0)):
+            self.connection.recv(HeaderSize.NARROW)
+            self.connection.sendall(encode_reply(answer))
 
 
 @contextmanager
@@ -108,6 +116,7 @@ def test_messages(victim, header, dialect, lazy_holes):
 
     lazy = Flags.LAZY if lazy_holes else Flags(0)
     expected: list = [
+        Message(Command.PARENT, destination=destination),
         Message(Command.OPEN2, destination=destination),
         entry(0, 3, Flags.PRESENT | Flags.LAZY),
         Data(b"".join(word_page(1 + i) for i in range(3))),
@@ -136,6 +145,7 @@ def test_tasks_and_shared_memory_one_after_the_other(victim):
     assert server.failure is None
     shared = image_id(2, areas[1].shmid)
     assert server.events == [
+        Message(Command.PARENT, destination=image_id(1, 5)),
         Message(Command.OPEN2, destination=image_id(1, 5)),
         Message(Command.ADD_F, BASE, 10, image_id(1, 5), Flags.PRESENT | Flags.LAZY),
         Data(b"".join(word_page(1 + i) for i in range(10))),
@@ -162,8 +172,7 @@ class Deaf(Server):
     """It opens an image and then takes nothing."""
 
     def step(self) -> bool:
-        self.parser.feed(self.connection.recv(24))
-        self.connection.sendall(b"\0")
+        self.let_open()
         threading.Event().wait(3)
         return False
 
@@ -173,6 +182,14 @@ class Mute(Server):
 
     def answer(self, message: Message) -> None:
         pass
+
+
+class Stuck(Server):
+    """It answers the first question only."""
+
+    def answer(self, message: Message) -> None:
+        if message.command is Command.PARENT:
+            super().answer(message)
 
 
 class Mumbling(Server):
@@ -185,8 +202,7 @@ class Leaving(Server):
     """It hangs up in the middle of the pages."""
 
     def step(self) -> bool:
-        self.parser.feed(self.connection.recv(24))
-        self.connection.sendall(b"\0")
+        self.let_open()
         self.connection.recv(100_000)
         return False
 
@@ -196,7 +212,8 @@ class Leaving(Server):
     [
         (Full, DumpError, "test: the page server could not keep all pages: it ended with -28"),
         (Deaf, SystemCallError, r"test: send: E\w+, [a-z ]+ \(the page server does not take anything for 1 s\)"),
-        (Mute, ProtocolError, "test: no answer to opening an image: timed out; is it of the other header size"),
+        (Mute, ProtocolError, "test: no answer to the first question: timed out; is it of the other header size"),
+        (Stuck, ProtocolError, "test: no answer to opening an image: timed out; is it of the other header size"),
         (Mumbling, ProtocolError, "test: 7 as an answer"),
         (Leaving, SystemCallError, r"test: send: E\w+, [a-z ]+ \(the page server hung up"),
     ],
@@ -223,7 +240,8 @@ def test_parent_holes_need_a_parent(victim):
         with pytest.raises(DumpError, match=r"test: has no parent of pagemap-77\.img"):
             transfer.write_hole(pipe)
     # It hung up without a word: the server does not take what it has for whole.
-    assert server.events == [Message(Command.OPEN2, destination=image_id(1, 77))]
+    image = image_id(1, 77)
+    assert server.events == [Message(Command.PARENT, destination=image), Message(Command.OPEN2, destination=image)]
 
 
 def test_nobody_listens():

@@ -10,12 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import pki
 import pytest
 from images_builder import build_checkpoint
 from kernel_harness import BASE, PAGE, PID, STRESS, Run, Vma, full, hand_over, sparse, wait_until
 from links import CuttingProxy, Plan, Way
 from page_source import Answers
+from process_harness import command_name, processes_in
 from test_serving import MIXED
 
 SHORT = [Vma(BASE, 3, [Run(BASE, 2)])]
@@ -26,7 +29,8 @@ ASKED, SAID = 2 * 24, 2 * 24 + 2 * PAGE
 class Server:
     """`lazyd page-server --lazy-pages` over what a checkpoint would hold whole."""
 
-    def __init__(self, stage, vmas, folder="source"):
+    def __init__(self, stage, vmas, folder="source", words=()):
+        self._words = words
         self.images = stage.folder / folder
         if not self.images.exists():
             build_checkpoint(self.images, [stage._task(PID, vmas, "dumped", None)])
@@ -40,7 +44,16 @@ class Server:
         self.log = self.images.parent / f"{self.images.name}.log"
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
-                [*command, "--address", "127.0.0.1", "--port", str(self.port), "--status-fd", str(writing)],
+                [
+                    *command,
+                    *self._words,
+                    "--address",
+                    "127.0.0.1",
+                    "--port",
+                    str(self.port),
+                    "--status-fd",
+                    str(writing),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -58,9 +71,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(stage, vmas, folder="source"):
+def serving(stage, vmas, folder="source", words=()):
     """Run a server and write the checkpoint whose pages only it has."""
-    server = Server(stage, vmas, folder)
+    server = Server(stage, vmas, folder, words)
     try:
         if not stage.images.exists():
             build_checkpoint(stage.images, [stage._task(PID, vmas, "remote", None)])
@@ -127,6 +140,72 @@ def test_a_connection_that_breaks_again_and_again(stage):
     with serving(stage, vmas) as server, CuttingProxy(("127.0.0.1", server.port), plans()) as proxy:
         daemon = restored(stage, vmas, proxy.port, ["sweep", "random", "2"])
     assert daemon.output.count("connected again") >= 3, daemon.output
+
+
+def left_of_tls(server):
+    """How many descriptors a process has open, and how many processes that move bytes for it, ended ones too."""
+    descriptors = sum(1 for _ in Path(f"/proc/{server}/fd").iterdir())
+    children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
+    return descriptors, sum(Path(f"/proc/{child}/comm").read_text() == "lazyd-tls\n" for child in children)
+
+
+@pytest.fixture
+def certificates(stage):
+    """The options of both ends of a connection: the server's, and the client's."""
+    authority = pki.Authority(stage.folder / "pki")
+    return [authority.sign(name).options(authority) for name in ("server", "client")]
+
+
+def test_a_connection_by_tls_that_breaks_again_and_again_leaves_nothing_behind(stage, certificates):
+    """Each broken one has had a process and a descriptor of its own."""
+    vmas = [full(BASE, 6000)]
+    ours, theirs = certificates
+
+    def plans():
+        yield Plan(after_down=500_000)
+        yield Plan()  # who is there?
+        while True:
+            yield Plan(after_down=1_500_000)
+
+    with serving(stage, vmas, words=ours) as server, CuttingProxy(("127.0.0.1", server.port), plans()) as proxy:
+        daemon = stage.start_command(*words_of(proxy.port), *theirs, "--fill-rate", "5M")
+        skeleton = stage.start_skeleton(*hand_over(vmas, PID), "finish", "hangup", "await", "sweep", "forward", "1")
+        found = []
+        for count in (2, 12):  # the first was made by the keeper
+            wait_until(lambda count=count: daemon.output.count("connected again") >= count, daemon.output)
+            found.append(left_of_tls(daemon.server()))
+        # A connection that is being made has some for a moment.
+        assert all(later <= sooner + 2 for sooner, later in zip(*found, strict=True)), f"{found}\n{daemon.output}"
+        skeleton.go_on()
+        assert skeleton.wait() == (0, "ok\n"), daemon.output
+        assert daemon.wait() == 0, daemon.output
+
+
+def test_servers_and_what_moves_their_bytes_by_tls_are_killed(stage, certificates):
+    """Another serves on over the same connection, and over another in the place of one whose bytes nobody moves."""
+    vmas = [full(BASE, 3000), sparse(BASE + (1 << 26), 600, 2)]
+    ours, theirs = certificates
+    with serving(stage, vmas, words=ours) as server:
+        for number in range(2 * STRESS):
+            steps = ["await", "sweep", "random", "2"]
+            dice = random.Random(number)
+            daemon = stage.start_command(*words_of(server.port), *theirs, "--fill-rate", "5M")
+            skeleton = stage.start_skeleton(*hand_over(vmas, PID), "finish", "hangup", *steps)
+            daemon.wait_for_line("restore finished")
+            for _ in range(2):
+                time.sleep(dice.random() * 0.1)
+                movers = [pid for pid in processes_in(stage.work) if command_name(pid) == "lazyd-tls"]
+                old = daemon.server()
+                os.kill(old, signal.SIGKILL)
+                if dice.random() < 0.7:
+                    for pid in movers:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+                wait_until(lambda daemon=daemon, old=old: daemon.family().get("server", old) != old, "another server")
+            skeleton.go_on()
+            assert skeleton.wait() == (0, "ok\n"), daemon.output
+            skeleton.close()
+            assert daemon.wait() == 0, daemon.output
 
 
 def test_a_server_that_comes_back_is_asked_again(stage):
