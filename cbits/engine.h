@@ -58,6 +58,7 @@ struct lz_task {
 	 */
 	uint32_t ask_region, ask_generation;
 	uint64_t ask_page;
+	uint64_t ask_lead;   /* bytes that were asked of the page server before the fill can install them, about */
 	uint32_t help_done;  /* its half is full: it goes on where the worker does */
 	uint32_t jobs;       /* of it that the helper has */
 	uint32_t scatter;    /* how random its faults have been of late: up to SCATTER_MOST */

@@ -16,7 +16,7 @@
 #define CHUNK_COPIES 16U        /* copies in one chunk, however small */
 #define NEAR_PAGES 2048U        /* how far behind a fault the fill looks before it goes on elsewhere */
 #define RATE_BURST_BYTES (1U << 20)
-#define ASK_AHEAD_BYTES (32ULL << 20) /* no more than this may have arrived and not be installed */
+#define ASK_AHEAD_BYTES (32ULL << 20) /* the fill wants no more than this before it can install it */
 #define REMOTE_ACTIVE_NS 20000000U    /* faults that wait for a page server are further apart */
 #define AHEAD_BYTES (4ULL << 20)      /* read in one request, and this far before the fill needs it */
 
@@ -372,6 +372,7 @@ static void ask_for_fill(struct lz_worker *worker, struct lz_task *task, bool is
 	while (task->ask_region < task->space.regions && lz_remote_room(remote, is_active) >= LZ_PAGE_SIZE) {
 		const struct lz_region *region = lz_space_region(arena, &task->space, task->ask_region);
 		uint64_t page = task->ask_page > region->fill_page ? task->ask_page : region->fill_page, dealt;
+		bool is_remote;
 
 		if (region->flags & LZ_REGION_DONE ||
 		    !lz_space_next_missing(arena, &task->space, task->ask_region, page, region->pages, most, &run)) {
@@ -379,12 +380,19 @@ static void ask_for_fill(struct lz_worker *worker, struct lz_task *task, bool is
 			task->ask_page = 0;
 			continue;
 		}
-		if (run.kind == LZ_KIND_REMOTE && run.offset > first && run.offset - first > ASK_AHEAD_BYTES)
+		is_remote = run.kind == LZ_KIND_REMOTE;
+		/* While the fill copies local pages, nothing of what has come is used up: then all that is asked
+		 * counts. */
+		if (is_remote && first != UINT64_MAX)
+			task->ask_lead = run.offset > first ? run.offset - first : 0;
+		if (is_remote && task->ask_lead > ASK_AHEAD_BYTES)
 			return;
 		dealt = ask_run(worker, task, region, &run);
 		if (!dealt)
 			return;
 		task->ask_page = run.page + dealt;
+		if (is_remote)
+			task->ask_lead += BYTES(dealt);
 	}
 }
 

@@ -248,6 +248,6 @@ def test_nobody_listens():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-        words = rf"127\.0\.0\.1:{port}: connect: ECONNREFUSED, [a-z ]+ \(nobody listens there: is the page server up"
+        words = rf"127\.0\.0\.1:{port}: connect: ECONNREFUSED, [a-z ]+ \(nobody listens there: is the other end up"
         with pytest.raises(LazydError, match=words):
             PageServer.connect("127.0.0.1", port)

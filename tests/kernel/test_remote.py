@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
@@ -12,8 +13,9 @@ import struct
 import time
 
 import pytest
+from images_builder import build_checkpoint
 from kernel_harness import BASE, PAGE, PID, STRESS, Run, Vma, full, hand_over, sparse, wait_until
-from page_source import ADD_F, LAZY, LAZYD, PRESENT, Answers, header
+from page_source import ADD_F, LAZY, LAZYD, PRESENT, Answers, Pages, PageSource, header
 from test_serving import MIXED
 
 from lazyd.session.remote import RemotePages
@@ -344,3 +346,25 @@ def test_what_lazyd_s_server_says_of_pages_without_bytes(stage, fill):
     assert skeleton.wait() == (0, "ok\n"), daemon.output
     assert daemon.wait() == 1
     assert f"1 page at {Lazyd.LOST:#x} cannot be read from page server 127.0.0.1:{source.port}" in daemon.output
+
+
+def test_the_fill_asks_for_a_bounded_amount_ahead_of_local_pages(stage):
+    """Else all that is remote would lie in memory beside the task, for as long as a slow disk takes."""
+    local, remote = full(BASE, 8192), full(BASE + (1 << 30), 40_000)
+    pages = Pages()
+    here, there = stage._task(PID, [local], "dumped", None), stage._task(PID, [remote], "remote", pages)
+    build_checkpoint(stage.images, [there._replace(entries=here.entries + there.entries, vmas=here.vmas + there.vmas)])
+    with contextlib.closing(PageSource(Answers(pages), stage.folder / "source.log")) as source:
+        daemon = stage.start_command(*source.words, "--fill-rate", "8M")
+        skeleton = stage.start_skeleton(
+            *hand_over([local, remote], PID), "finish", "hangup", "await", "sweep", "random", "1"
+        )
+        asked = []
+        while len(asked) < 3 or len(set(asked[-3:])) > 1:
+            time.sleep(0.3)
+            asked.append(sum(get.pages for get in source.gets()))
+            assert len(asked) < 30, asked
+        assert 1000 < asked[-1] <= 12_000, asked
+        skeleton.go_on()
+        assert skeleton.wait() == (0, "ok\n"), daemon.output
+        assert daemon.wait() == 0, daemon.output
