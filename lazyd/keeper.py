@@ -59,6 +59,7 @@ _SIGNAL_BYTES = 128
 _DEATHS = 3
 _DEATHS_WITHIN_NS = 10_000_000_000
 _RETRY_S = 0.5
+_SOON_S = 0.002
 _HALT_AFTER_S = 10.0
 _RESERVE = 2
 
@@ -388,6 +389,9 @@ class _Family:
         """Serve in a child, and never return from it. A bug ends it by SIGABRT: another goes on, as after a crash."""
         try:
             # Not before the maker has written it down: if it dies before that, someone else makes another.
+            soon = time.monotonic() + _SOON_S
+            while _Holder.of(self._words[_Word.SERVER]).pid != os.getpid() and time.monotonic() < soon:
+                os.sched_yield()  # a wait takes a millisecond, and a task may be waiting for this process
             while _Holder.of(self._words[_Word.SERVER]).pid != os.getpid():
                 if maker.is_dead(0.001) and _Holder.of(self._words[_Word.SERVER]).pid != os.getpid():
                     self._stand_by()
