@@ -26,6 +26,7 @@
 #include <unistd.h>
 
 #define RESERVE_FDS 64U
+#define ROOM_FDS 4096
 #define RESERVE_SHARE 4U /* and of the limit no more than one in so many */
 
 uint64_t lz_now_ns(void)
@@ -45,6 +46,23 @@ static void raise_descriptor_limit(void)
 		limit.rlim_cur = limit.rlim_max;
 		(void)setrlimit(RLIMIT_NOFILE, &limit); /* what we have is enough for most */
 	}
+}
+
+/*
+ * The kernel's table of descriptors grows in steps, and each step waits for a grace period of RCU, of up to tens of
+ * milliseconds, once the table is shared (fs/file.c, expand_fdtable), as it is by threads and by those who keep us.
+ * So it grows now, while nobody shares it.
+ */
+static void grow_descriptor_table(int any)
+{
+	struct rlimit limit;
+	int last = ROOM_FDS - 1, fd;
+
+	if (!getrlimit(RLIMIT_NOFILE, &limit) && limit.rlim_cur <= (rlim_t)last)
+		last = (int)limit.rlim_cur - 1;
+	fd = fcntl(any, F_DUPFD_CLOEXEC, last);
+	if (fd >= 0)
+		close(fd);
 }
 
 struct lz_engine *lz_engine_new(const struct lz_config *config, int *error)
@@ -90,6 +108,7 @@ struct lz_engine *lz_engine_new(const struct lz_config *config, int *error)
 		goto fail;
 	}
 	raise_descriptor_limit();
+	grow_descriptor_table(engine->notify);
 	for (uint32_t i = 0; i < config->workers; i++) {
 		struct lz_worker *worker = &engine->worker[i];
 		uint64_t counters = lz_arena_alloc(engine->arena, sizeof(struct lz_counters));
