@@ -257,6 +257,7 @@ int lz_engine_start(struct lz_engine *engine)
 			break;
 		engine->reserve_fd[engine->reserve_fds] = fd;
 	}
+	engine->begun = 0;
 	result = lz_io_start(&engine->io);
 	if (!result)
 		result = lz_remote_start(&engine->remote);

@@ -176,6 +176,7 @@ struct lz_engine {
 	struct lz_config config;
 	struct lz_arena *arena;
 	struct lz_shared *shared;
+	uint32_t begun;       /* atomic: workers that have made what they need */
 	uint32_t stopping;    /* atomic: workers are to end */
 	uint32_t abandoning;  /* atomic: and poison what is missing */
 	pthread_mutex_t lock; /* sources, tasks */

@@ -42,6 +42,7 @@ static struct lz_read *next_read(struct lz_io *io)
 /*
  * Map what is in memory of the pages images while nobody waits yet: a copy that finds its source unmapped takes a page
  * fault for every 64 KiB, more where the runs of a chain are short, and mincore looks at a mapped page faster.
+ * Meanwhile whoever maps anything in this process, if only the stack of a thread, waits for milliseconds each time.
  */
 static void map_resident(struct lz_io *io)
 {
@@ -112,7 +113,6 @@ static void *reader_main(void *argument)
 
 int lz_io_start(struct lz_io *io)
 {
-	io->maps = !pthread_create(&io->mapper, NULL, mapper_main, io); /* without it all is as well, later */
 	for (; io->readers < LZ_READERS; io->readers++) {
 		int error = pthread_create(&io->reader[io->readers], NULL, reader_main, io);
 
@@ -120,6 +120,11 @@ int lz_io_start(struct lz_io *io)
 			return -error;
 	}
 	return 0;
+}
+
+void lz_io_map(struct lz_io *io)
+{
+	io->maps = !pthread_create(&io->mapper, NULL, mapper_main, io); /* without it all is as well, later */
 }
 
 void lz_io_stop(struct lz_io *io)

@@ -49,6 +49,8 @@ struct lz_io {
 
 void lz_io_init(struct lz_io *io, struct lz_engine *engine);
 int lz_io_start(struct lz_io *io);
+/* Begin to map; once, between start and stop, when all threads have what they need to begin. */
+void lz_io_map(struct lz_io *io);
 /* Ends the readers; a read that waits for a disk is waited for. */
 void lz_io_stop(struct lz_io *io);
 /* Forget what was asked, while no reader runs, so that it may be started again. */

@@ -195,6 +195,8 @@ void *lz_worker_main(void *argument)
 	if (worker->zeros == MAP_FAILED)
 		worker->zeros = NULL; /* the zero page will do */
 	lz_helper_start(worker);
+	if (__atomic_add_fetch(&engine->begun, 1, __ATOMIC_ACQ_REL) == engine->workers)
+		lz_io_map(&engine->io);
 	while (!__atomic_load_n(&engine->stopping, __ATOMIC_ACQUIRE)) {
 		uint64_t now, faults = worker->counters->faults;
 
