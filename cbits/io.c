@@ -6,12 +6,14 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #ifndef MADV_POPULATE_READ /* 5.14 */
 #define MADV_POPULATE_READ 22
 #endif
 
 #define MAP_BLOCK (2ULL << 20)
+#define MAP_PAUSE_NS 10000
 #define MAPPED_BYTES (4ULL << 30) /* 8 MiB of page tables */
 
 void lz_io_init(struct lz_io *io, struct lz_engine *engine)
@@ -42,10 +44,13 @@ static struct lz_read *next_read(struct lz_io *io)
 /*
  * Map what is in memory of the pages images while nobody waits yet: a copy that finds its source unmapped takes a page
  * fault for every 64 KiB, more where the runs of a chain are short, and mincore looks at a mapped page faster.
- * Meanwhile whoever maps anything in this process, if only the stack of a thread, waits for milliseconds each time.
+ * Each step takes the lock of the address space, and whoever wants to map anything in it, if only the stack of a
+ * thread, would get it no sooner than 4 ms later (a rwsem, which a lone reader takes before a writer that waits). So
+ * there are pauses, for others to come in between.
  */
 static void map_resident(struct lz_io *io)
 {
+	const struct timespec pause = { .tv_nsec = MAP_PAUSE_NS };
 	uint64_t left = MAPPED_BYTES;
 
 	for (uint32_t i = 0; i < io->engine->sources; i++) {
@@ -63,8 +68,10 @@ static void map_resident(struct lz_io *io)
 				continue;
 			while (known < pages && there[known] & 1)
 				known++;
-			if (known == pages)
-				(void)madvise((void *)(uintptr_t)(source->map + at), length, MADV_POPULATE_READ);
+			if (known < pages)
+				continue;
+			(void)madvise((void *)(uintptr_t)(source->map + at), length, MADV_POPULATE_READ);
+			(void)nanosleep(&pause, NULL);
 		}
 	}
 }

@@ -109,6 +109,7 @@ class Restored(Unreleased):
     ) -> None:
         plan = self._plan
         filled = memories.pages_to_fill(plan, self._memory.extents, is_eager=is_eager)
+        puppet.run(tasks.before_mapping_steps(plan))
         puppet.run([*memories.kernel_steps(plan, puppet), memories.limits_step(plan, files)])
         memories.run_map_steps(puppet, memories.map_steps(plan, files, objects, filled))
         puppet.run(files.last_steps())

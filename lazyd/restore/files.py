@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import struct
 from contextlib import suppress
 from types import TracebackType
@@ -83,8 +84,11 @@ class Files:
         was = record.termios
         characters = struct.pack(f"<{len(was.c_cc)}I", *was.c_cc)[:19]
         text = struct.pack("<4IB", was.c_iflag, was.c_oflag, was.c_cflag, was.c_lflag, was.c_line) + characters
+        # In the background lazyd would be stopped for it, and nobody would hear why.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
         with suppress(OSError):
             fcntl.ioctl(terminal, _TCSETS, text)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def add(self, key: object, fd: int, *, is_owned: bool = True) -> int:
         """Hand another descriptor down; return its number in the task. `key` finds it again."""

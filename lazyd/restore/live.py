@@ -7,29 +7,40 @@ children, other descriptors. Positions in files are put back; what was written t
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import struct
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from lazyd.errors import RestoreError
+from lazyd.restore.memory import shared_sizes
 from lazyd.restore.plan import PIPE, REGULAR, TERMINAL, Plan, Thread, mask
 from lazyd.restore.vma import Area, Kind
-from lazyd.target.descriptors import Descriptor, DescriptorKind, read_descriptors
+from lazyd.target.descriptors import FILE_LOCK, SIGNALS_OWNER, Descriptor, DescriptorKind, read_descriptors
 from lazyd.target.mappings import read_mappings
 from lazyd.target.process import children, namespace_pids, stat_fields
-from lazyd.target.survey import check_is_process
-from lazyd.target.tracing import status_fields, thread_ids
+from lazyd.target.remote import Call, RemoteCalls, find_room
+from lazyd.target.survey import Survey, check_is_process
+from lazyd.target.tracing import StoppedTask, status_fields, thread_ids
 from lazyd.tuples import NamedTuple
 
-_COMPARED_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_SYNC | os.O_DIRECT
+_COMPARED_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_SYNC | os.O_DIRECT | os.O_NOATIME
 _KINDS = {REGULAR: DescriptorKind.FILE, PIPE: DescriptorKind.PIPE, TERMINAL: DescriptorKind.TERMINAL}
 _MAPS_LINE = r"([0-9a-f]+)-([0-9a-f]+) (...)([ps]) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+)\s*(.*)"
 _CAP_DAC_OVERRIDE, _CAP_SYS_PTRACE, _CAP_SYS_ADMIN = 1 << 1, 1 << 19, 1 << 21
 _CAP_SYS_RESOURCE, _CAP_CHECKPOINT_RESTORE = 1 << 24, 1 << 40
-_RLIMIT_DATA, _RLIMIT_NOFILE, _RLIMIT_AS = 2, 7, 9
+_RLIMIT_DATA, _RLIMIT_NOFILE, _RLIMIT_MEMLOCK, _RLIMIT_AS, _RLIMIT_SIGPENDING = 2, 7, 8, 9, 11
 _OWN_DESCRIPTORS = 8
+_OWN_MAPPINGS = 16
+_LARGE_BYTES = 2 << 20
+_SYS_PRCTL = 157  # arch/x86/entry/syscalls/syscall_64.tbl
+_PR_GET_TSC, _PR_GET_SECUREBITS, _PR_GET_MDWE = 25, 27, 66  # include/uapi/linux/prctl.h
+_PR_TSC_SIGSEGV = 2
+_F_GET_SEALS = 1034
+_F_SEAL_GROW, _F_SEAL_WRITE, _F_SEAL_FUTURE_WRITE = 4, 8, 16
 _KERNEL_NAMES = {"[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]"}
 
 
@@ -77,12 +88,14 @@ def check_before(plan: Plan, pid: int) -> None:
             raise RestoreError(f"process {pid}: {mapping} is {mapping.problem}: it cannot be rewound")
 
 
-def check_stopped(plan: Plan) -> list[Descriptor]:
+def check_stopped(plan: Plan, stopped: StoppedTask) -> list[Descriptor]:
     """See, once it is stopped, that a task is what the images are of and has nothing that stays. Its descriptors."""
     pid = plan.pid
     stat = stat_fields(pid)
+    program = os.readlink(f"/proc/{pid}/exe")  # noqa: PTH115  the text as it is
     # proc(5): 26 startcode, 28 startstack
-    if (int(stat[26 - 3]), int(stat[28 - 3])) != (plan.mm.mm_start_code, plan.mm.mm_start_stack):
+    then = (plan.program, plan.mm.mm_start_code, plan.mm.mm_start_stack)
+    if (program, int(stat[26 - 3]), int(stat[28 - 3])) != then:
         raise RestoreError(f"process {pid} runs another program than the one that was dumped")
     if found := children(pid):
         raise RestoreError(f"process {pid} has children, which would stay: {', '.join(map(str, found))}")
@@ -92,12 +105,42 @@ def check_stopped(plan: Plan) -> list[Descriptor]:
             _check_credentials(thread)
         elif os.path.exists(f"/proc/{thread.tid}"):  # noqa: PTH110  quick
             raise RestoreError(f"thread {thread.tid} is gone, and its id is taken by another process or thread")
+        elif thread.core.thread_core.creds != plan.threads[0].core.thread_core.creds:
+            # It would be made by the leader, with what that may do.
+            raise RestoreError(f"thread {thread.tid} is gone, and had other credentials than the main thread has")
     leader = plan.threads[0]
     for tid in tids - {thread.tid for thread in plan.threads}:
         _check_credentials(Thread(tid, leader.core))  # or it could leave nothing but what the others may see
+    if lasting := Survey(pid).lasting():
+        raise RestoreError(f"process {pid} has what it had not when it was dumped: {'; '.join(map(str, lasting))}")
     descriptors = read_descriptors(pid)
     _check_descriptors(plan, descriptors)
+    _check_switches(plan, stopped)
     return descriptors
+
+
+def _check_switches(plan: Plan, stopped: StoppedTask) -> None:
+    """See that no switch of prctl(2) stands otherwise that cannot be turned back, or that no image has."""
+    changed = [
+        f"thread {thread.tid} handles its own system calls"
+        for thread in stopped.threads
+        if thread.dispatches_system_calls()
+    ]
+    with RemoteCalls(plan.pid, stopped.leader, find_room(stopped)) as calls:
+        bits, denies, has_counter = calls.run(
+            Call(_SYS_PRCTL, (_PR_GET_SECUREBITS,)),
+            Call(_SYS_PRCTL, (_PR_GET_MDWE,)),
+            Call(_SYS_PRCTL, (_PR_GET_TSC, calls.buffers)),
+        )
+        (counter,) = struct.unpack("i", calls.read(calls.buffers, 4))
+    if bits >= 0 and bits != plan.threads[0].core.thread_core.creds.secbits:
+        changed.append(f"its securebits are {bits:#x}")
+    if denies > 0:
+        changed.append("it may not have memory that it writes and runs")
+    if has_counter >= 0 and counter == _PR_TSC_SIGSEGV:
+        changed.append("it may not read the time stamp counter")
+    if changed:
+        raise RestoreError(f"process {plan.pid} has changed since it was dumped: {'; '.join(changed)} (prctl)")
 
 
 def _check_credentials(thread: Thread) -> None:
@@ -140,6 +183,8 @@ def _check_descriptors(plan: Plan, descriptors: Sequence[Descriptor]) -> None:
             problems.append(f"{fd} ({one.path}) is another at exec")
         elif one.same_as != owner:
             problems.append(f"{fd} ({one.path}) shares its open file with others than before")
+        elif one.problem in (FILE_LOCK, SIGNALS_OWNER):
+            problems.append(f"{fd} ({one.path}): {one.problem}")
     if problems:
         raise RestoreError(f"process {plan.pid} has other descriptors than when it was dumped: {'; '.join(problems)}")
 
@@ -155,6 +200,46 @@ def may_be_twice(pid: int) -> bool:
     limits = _limits(pid)
     strict = Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
     return not strict and limits[_RLIMIT_DATA][0] == limits[_RLIMIT_AS][0] == "unlimited"
+
+
+def soft_limits(pid: int) -> list[tuple[int, int]]:
+    """Return the limits that would be in the way of a rewind, by number, and how high they may be."""
+    numbers = (_RLIMIT_DATA, _RLIMIT_MEMLOCK, _RLIMIT_AS, _RLIMIT_SIGPENDING)
+    limits = _limits(pid)
+    return [
+        (number, (1 << 64) - 1 if limits[number][1] == "unlimited" else int(limits[number][1])) for number in numbers
+    ]
+
+
+def check_memory(plan: Plan, staying: Staying, live: Sequence[Live]) -> None:
+    """See that what stays of a task's mappings can be put back, and that there is room for what is made again."""
+    pid = plan.pid
+    for kind, start in ((Kind.VDSO, "[vdso]"), (Kind.VVAR, "[vvar")):
+        areas = [area for area in plan.vmas if area.kind is kind]
+        parts = [one for one in live if one.name.startswith(start)]
+        if areas and areas[-1].end - areas[0].start != sum(one.end - one.start for one in parts):
+            raise RestoreError(
+                f"process {pid} has unmapped its {kind.value}, or some of it, which only the kernel maps"
+            )
+    most = int(Path("/proc/sys/vm/max_map_count").read_text())
+    large = sum(one.is_private_memory and one.end - one.start >= _LARGE_BYTES for one in live)
+    count = max(len(live), len(plan.vmas))
+    if count + large + _OWN_MAPPINGS > most:
+        hint = f"vm.max_map_count is {most}, raise it"
+        raise RestoreError(f"process {pid} has too many mappings, {count}, to put any aside ({hint})")
+    sizes = shared_sizes(plan)
+    for area in staying.areas:
+        if area.kind is not Kind.SHARED:
+            continue
+        piece = next(one for one in live if one.start <= area.start < one.end)
+        fd = os.open(f"/proc/{pid}/map_files/{piece.start:x}-{piece.end:x}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            seals = fcntl.fcntl(fd, _F_GET_SEALS)
+            must_grow = os.fstat(fd).st_size < sizes[area.shared_id]
+        finally:
+            os.close(fd)
+        if seals & (_F_SEAL_WRITE | _F_SEAL_FUTURE_WRITE) or (must_grow and seals & _F_SEAL_GROW):
+            raise RestoreError(f"process {pid}: {area} is sealed (F_ADD_SEALS): it cannot be put back")
 
 
 def check_rights(plan: Plan, staying: Staying, descriptors: int) -> None:

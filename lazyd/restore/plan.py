@@ -23,6 +23,7 @@ from lazyd.image.directory import VMA_GUARD, ImagesDirectory, TaskState
 from lazyd.image.encode import SmallImage
 from lazyd.image.small import has_records, read_message, read_messages
 from lazyd.restore import vma as vmas
+from lazyd.target.process import is_timed_thread_known
 from lazyd.target.tracing import status_fields
 from lazyd.tuples import NamedTuple
 
@@ -283,11 +284,19 @@ class _Reader:
                 ends.setdefault(file.pipe.pipe_id, set()).add(file.pipe.flags & os.O_ACCMODE)
         if any(len(modes) > 1 for modes in ends.values()):
             self.add("standard streams", "a pipe with both ends in the images")
-        if has_records(self.directory, "pipes-data.img"):
+        if self.has_unread_pipes():
             self.add("pipes-data.img", "pipes with bytes in them that nobody has read")
         has_terminal = any(plan.files[one.id].type == TERMINAL for one in plan.descriptors)
         if has_terminal and not self.is_there and own_terminal() < 0:
             self.add("terminal", "none of lazyd's own standard streams is one, for it to go on with")
+
+    def has_unread_pipes(self) -> bool:
+        if not has_records(self.directory, "pipes-data.img"):
+            return False
+        try:  # criu writes of empty ones, too, that they are
+            return any(pipe.bytes for pipe in read_messages(self.directory, "pipes-data.img", SmallImage.PIPES_DATA))
+        except ImageError:  # what follows a record is no other one, but the bytes
+            return True
 
     def look_at_threads(self, plan: Plan) -> None:
         own = status_fields(os.getpid())
@@ -306,6 +315,9 @@ class _Reader:
                 self.add(where, f"capabilities that lazyd does not have itself: {lacking:#x}")
             if not core.HasField("thread_core"):
                 self.add(where, "images that are too old to say what it is")
+        clocks = {(one.clock_id, one.notify_thread_id) for one in plan.task.timers.posix}
+        if len(plan.threads) > 1 and not all(is_timed_thread_known(*one) for one in clocks):
+            self.add("timers", "one on the time of a thread, and the images do not say of which")
         if not plan.task.sigactions:
             self.add("signals", "images that are too old to say what handles them")
 
@@ -323,7 +335,8 @@ class _Reader:
     def check_files(self, plan: Plan) -> None:
         """See that every file that is mapped or open is what it was; one line about the first that is not."""
         used = {plan.mm.exe_file_id} | {area.file for area in plan.vmas if area.file}
-        used |= {one.id for one in plan.descriptors}
+        if not self.is_there:  # else it has them open, and what it has written since is its own business
+            used |= {one.id for one in plan.descriptors}
         for number in sorted(used):
             file = plan.files.get(number)
             if file is None:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
@@ -39,15 +40,17 @@ from lazyd.restore.live import (
     Live,
     Staying,
     check_before,
+    check_memory,
     check_rights,
     check_stopped,
     find_staying,
     may_be_twice,
     read_live,
+    soft_limits,
 )
 from lazyd.restore.memory import Memory, Opened
 from lazyd.restore.plan import REGULAR, Plan
-from lazyd.restore.task import check_values
+from lazyd.restore.task import before_mapping_steps, check_values
 from lazyd.restore.vma import Area
 from lazyd.restore.vma import Kind as AreaKind
 from lazyd.target import Attached
@@ -64,7 +67,7 @@ from lazyd.units import PAGE_SIZE
 # arch/x86/entry/syscalls/syscall_64.tbl
 _SYS_OPEN, _SYS_CLOSE, _SYS_LSEEK, _SYS_MPROTECT, _SYS_MUNMAP, _SYS_MREMAP, _SYS_MADVISE = 2, 3, 8, 10, 11, 25, 28
 _SYS_SETITIMER, _SYS_RT_SIGTIMEDWAIT, _SYS_TIMER_DELETE, _SYS_MEMFD_CREATE, _SYS_RSEQ = 38, 128, 226, 319, 334
-_SYS_MLOCK, _SYS_MUNLOCKALL = 149, 152
+_SYS_MLOCK, _SYS_MUNLOCKALL, _SYS_PRLIMIT = 149, 152, 302
 _RSEQ_FLAG_UNREGISTER, _MFD_CLOEXEC = 1, 1
 _MREMAP_MAYMOVE_FIXED, _MADV_DONTFORK, _MADV_DONTNEED_LOCKED = 3, 10, 24
 _MADV_NORMAL, _MADV_DOFORK, _MADV_DODUMP = 0, 11, 17
@@ -104,11 +107,12 @@ class Rewound(Unreleased):
 
     def _take_over(self, stopped: StoppedTask) -> None:
         plan = self._plan
-        descriptors = check_stopped(plan)
+        descriptors = check_stopped(plan, stopped)
         timers = [timer.number for timer in list_timers(plan.pid)]
         live = read_live(plan.pid)
         staying = find_staying(plan, live)
         check_rights(plan, staying, len(descriptors))
+        check_memory(plan, staying, live)
         ranges = [(one.start, one.end) for one in live] + [(area.start, area.end) for area in plan.vmas]
         workshop = find_workshop(ranges)
         was_stopped = bool(stopped.leader.stop_signal)
@@ -138,6 +142,10 @@ class Rewound(Unreleased):
         timers: Sequence[int],
     ) -> None:
         plan = self._plan
+        puppet.run(
+            Step(f"limit {number}", _SYS_PRLIMIT, (0, number, struct.pack("<2Q", most, most), 0))
+            for number, most in soft_limits(plan.pid)
+        )
         self._forget_signals(puppet, timers)
         self._end_threads(puppet)
         self._move_aside(puppet, live, ranges)
@@ -199,6 +207,7 @@ class Rewound(Unreleased):
         missing = plan._replace(vmas=[area for area in plan.vmas if area not in there])
         opened, objects, steps = _open_again(missing, puppet)
         filled = memories.pages_to_fill(plan, self._memory.extents, is_eager=False)
+        puppet.run(before_mapping_steps(plan))
         puppet.run([*memories.kernel_steps(plan, puppet), memories.limits_step(plan, None)])
         puppet.run(memories.map_steps(missing, opened, objects, ()))
         puppet.run(steps)
@@ -228,6 +237,8 @@ class Rewound(Unreleased):
             try:
                 size = os.fstat(fd).st_size
                 _punch(fd, size)
+                if size < memories.shared_sizes(self._plan)[shared_id]:
+                    os.ftruncate(fd, memories.shared_sizes(self._plan)[shared_id])
                 for extent in self._shared.tables[shared_id]:
                     if extent.kind is Kind.DUMPED:
                         source = self._shared.sources[extent.source].fd

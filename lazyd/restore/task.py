@@ -25,9 +25,9 @@ from lazyd.errors import ImageError, RestoreError
 from lazyd.hints import Any
 from lazyd.restore.plan import Plan, Thread, mask
 from lazyd.target import xstate
-from lazyd.target.process import SIGACTION_SIGNALS
+from lazyd.target.process import SIGACTION_SIGNALS, times_its_maker
 from lazyd.target.puppet import Pointing, Puppet, Step
-from lazyd.target.tracing import Registers
+from lazyd.target.tracing import Registers, status_fields
 from lazyd.target.tracing import Thread as Traced
 
 # arch/x86/entry/syscalls/syscall_64.tbl
@@ -51,6 +51,7 @@ _SS_ONSTACK, _SS_DISABLE = 1, 2
 _MOST_TIMER_NUMBERS = 100_000
 _HEADER_AT = 512
 _XSTATE_BYTES = 1 << 14  # more than the parts that images hold take on any processor
+_READ_IMPLIES_EXEC = 0x0400000  # include/uapi/linux/personality.h
 _EMPTY_SEGMENT = (True, True)  # read_exec_only, seg_not_present
 
 
@@ -66,7 +67,6 @@ def task_steps(plan: Plan) -> Iterator[Step]:
     task = plan.task
     yield Step(f"{plan.working_directory}: chdir", _SYS_CHDIR, (os.fsencode(plan.working_directory) + b"\0",))
     yield Step("umask", _SYS_UMASK, (plan.umask,))
-    yield Step("personality", _SYS_PERSONALITY, (plan.personality,))
     for number, action in zip(SIGACTION_SIGNALS, task.sigactions, strict=False):
         text = struct.pack("<4Q", action.sigaction, action.flags, action.restorer, action.mask)
         yield Step(f"action of signal {number}", _SYS_RT_SIGACTION, (number, text, 0, 8))
@@ -94,7 +94,9 @@ def make_timers(plan: Plan, puppet: Puppet) -> None:
     switch = Step("prctl", _SYS_PRCTL, (_PR_TIMER_CREATE_RESTORE_IDS, 1, 0, 0, 0), may_fail=True)
     (chooses,) = puppet.run([switch])
     if chooses == 0:
-        puppet.run(_create(timer) for timer in timers)
+        puppet.run(_create(timer) for timer in timers if not _maker(timer))
+        for timer in filter(_maker, timers):
+            puppet.run([_create(timer)], _maker(timer))
         puppet.run([Step("prctl", _SYS_PRCTL, (_PR_TIMER_CREATE_RESTORE_IDS, 0, 0, 0, 0))])
         return
     # Whoever made timers before has numbers up to the highest: as many are made, and what is none of ours deleted.
@@ -103,9 +105,15 @@ def make_timers(plan: Plan, puppet: Puppet) -> None:
         raise RestoreError(f"task {plan.pid}: timer {last}: this kernel cannot give it that number")
     wanted = {timer.it_id: timer for timer in timers}
     for number in range(last + 1):
-        puppet.run([_create(wanted.get(number, timers[0]))])
+        timer = wanted.get(number, timers[0])
+        puppet.run([_create(timer)], _maker(timer))
         if number not in wanted:
             puppet.run([Step("timer_delete", _SYS_TIMER_DELETE, (number,))])
+
+
+def _maker(timer: Any) -> int:  # noqa: ANN401
+    """Return the thread that makes a timer, 0 for the leader. It matters where its clock is its maker's."""
+    return int(timer.notify_thread_id) if times_its_maker(timer.clock_id) else 0
 
 
 def _create(timer: Any) -> Step:  # noqa: ANN401
@@ -135,9 +143,15 @@ def limit_steps(plan: Plan) -> Iterator[Step]:
         yield Step(f"limit {number}", _SYS_PRLIMIT, (0, number, struct.pack("<2Q", limit.cur, limit.max), 0))
 
 
+def before_mapping_steps(plan: Plan) -> Iterator[Step]:
+    """Yield what a puppet does before it maps: what it maps is to have the rights that are asked for, and no more."""
+    yield Step("personality", _SYS_PERSONALITY, (plan.personality & ~_READ_IMPLIES_EXEC,))
+
+
 def own_steps(plan: Plan, thread: Thread) -> Iterator[Step]:
     """Yield what each thread does for itself."""
     core = thread.core.thread_core
+    yield Step("personality", _SYS_PERSONALITY, (plan.personality,))
     name = core.comm or (plan.task.comm if thread is plan.threads[0] else "")
     raw = name if isinstance(name, bytes) else name.encode()  # protobuf's way to return what is not UTF-8
     yield Step("name", _SYS_PRCTL, (_PR_SET_NAME, raw[:15] + b"\0", 0, 0, 0))
@@ -165,16 +179,16 @@ def credential_steps(thread: Thread) -> Iterator[Step]:
     yield Step("setresuid", _SYS_SETRESUID, (creds.uid, creds.euid, creds.suid))
     yield Step("setfsuid", _SYS_SETFSUID, (creds.fsuid,))
     bounding = mask(creds.cap_bnd)
+    inheritable, permitted, effective = (mask(words) for words in (creds.cap_inh, creds.cap_prm, creds.cap_eff))
+    if inheritable & ~bounding:  # as it may be when it was so before, and not be made later
+        own = int(status_fields(os.getpid())["CapPrm"], 16)
+        yield _capset(own, own, inheritable)
     for number in range(_last_capability() + 1):
         if not bounding >> number & 1:
             yield Step(f"bounding set, {number}", _SYS_PRCTL, (_PR_CAPBSET_DROP, number, 0, 0, 0))
-    inheritable, permitted, effective = (mask(words) for words in (creds.cap_inh, creds.cap_prm, creds.cap_eff))
     if creds.secbits != _NO_SETUID_FIXUP:
         yield Step("securebits", _SYS_PRCTL, (_PR_SET_SECUREBITS, creds.secbits, 0, 0, 0))
-    header = struct.pack("<Ii", _CAPABILITY_VERSION_3, 0)
-    low = [value & 0xFFFFFFFF for value in (effective, permitted, inheritable)]
-    high = [value >> 32 for value in (effective, permitted, inheritable)]
-    yield Step("capset", _SYS_CAPSET, (header, struct.pack("<6I", *low, *high)))
+    yield _capset(effective, permitted, inheritable)
     ambient = mask(creds.cap_amb)
     for number in range(ambient.bit_length()):
         if ambient >> number & 1:
@@ -182,6 +196,13 @@ def credential_steps(thread: Thread) -> Iterator[Step]:
             yield Step(f"ambient set, {number}", _SYS_PRCTL, arguments)
     if creds.no_new_privs:
         yield Step("prctl(PR_SET_NO_NEW_PRIVS)", _SYS_PRCTL, (_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+
+
+def _capset(*sets: int) -> Step:
+    """Return the step that sets the effective, the permitted and the inheritable set."""
+    header = struct.pack("<Ii", _CAPABILITY_VERSION_3, 0)
+    low, high = [value & 0xFFFFFFFF for value in sets], [value >> 32 for value in sets]
+    return Step("capset", _SYS_CAPSET, (header, struct.pack("<6I", *low, *high)))
 
 
 def late_steps(thread: Thread) -> Iterator[Step]:

@@ -108,6 +108,8 @@ class Descriptor(NamedTuple):
         return f"descriptor {self.fd} ({self.path})"
 
 
+FILE_LOCK = "a file lock"
+SIGNALS_OWNER = "signals about it go to an owner (F_SETOWN)"
 Owner = tuple[int, int]
 """A pid and one of its descriptors."""
 
@@ -195,7 +197,7 @@ def _read_one(pid: int, pidfd: int, fd: int) -> Descriptor:
     terminal = None
     kind, problem = _classify(path, status, raw_flags)
     if not problem and "lock" in fields:
-        problem = "a file lock"
+        problem = FILE_LOCK
     if not problem:
         try:
             taken = take_descriptor(pidfd, fd)
@@ -261,7 +263,7 @@ def _owner_problem(fd: int) -> str:
     owner = fcntl.fcntl(fd, _F_GETOWN_EX, bytes(8))
     assert isinstance(owner, bytes)
     _, pid = struct.unpack("ii", owner)
-    return "signals about it go to an owner (F_SETOWN)" if pid or fcntl.fcntl(fd, _F_GETSIG) else ""
+    return SIGNALS_OWNER if pid or fcntl.fcntl(fd, _F_GETSIG) else ""
 
 
 def _unread_problem(fd: int) -> str:

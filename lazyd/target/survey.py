@@ -35,6 +35,7 @@ from lazyd.tuples import NamedTuple
 
 _PF_KTHREAD, _PF_IO_WORKER, _PF_EXITING = 0x00200000, 0x00000010, 0x00000004  # include/linux/sched.h; field 9 of stat
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
+_OF_CHILDREN = ("pid_for_children", "time_for_children")
 _LOOKS = 50  # at a task that changes all the time, before it is given up
 _DENIALS = 5  # before they are believed
 _ZOMBIE_LOOKS, _ZOMBIE_PAUSE_S = 5, 0.002
@@ -163,8 +164,7 @@ class Survey:
         if len(fields.get("NSpid", "").split()) > 1:
             problems.append(Problem("namespaces", "it is in another pid namespace"))
         problems += self._of_namespaces()
-        if (root := os.readlink(f"/proc/{self.pid}/root")) != "/":  # noqa: PTH115  the text as it is
-            problems.append(Problem("root directory", f"{root}, by chroot"))
+        problems += self._of_root()
         for name, where in (("cwd", "working directory"), ("exe", "program")):
             link = f"/proc/{self.pid}/{name}"
             path = os.readlink(link)  # noqa: PTH115  the text as it is
@@ -181,12 +181,32 @@ class Survey:
             problems.append(Problem("children", f"{named}; --tree dumps them too"))
         return problems
 
+    def lasting(self) -> list[Problem]:
+        """Return what a task has done to itself and nobody can take back. OSError if it is gone."""
+        own = [
+            Problem(f"thread {tid}", f"has {what} of its own (unshare)")
+            for tid in thread_ids(self.pid)
+            if tid != self.pid
+            for what in self._own(tid)
+        ]
+        return [*self._of_namespaces(), *self._of_root(), *own]
+
+    def _of_root(self) -> list[Problem]:
+        root = os.readlink(f"/proc/{self.pid}/root")  # noqa: PTH115  the text as it is
+        return [Problem("root directory", f"{root}, by chroot")] if root != "/" else []
+
     def _of_namespaces(self) -> list[Problem]:
         other = []
-        for name in _NAMESPACES:
+        for name in (*_NAMESPACES, *_OF_CHILDREN):
             with suppress(FileNotFoundError):
                 ours = os.stat(f"/proc/self/ns/{name}")  # noqa: PTH116  quick
-                theirs = os.stat(f"/proc/{self.pid}/ns/{name}")  # noqa: PTH116  quick
+                try:
+                    theirs = os.stat(f"/proc/{self.pid}/ns/{name}")  # noqa: PTH116  quick
+                except FileNotFoundError:
+                    if name not in _OF_CHILDREN or not os.path.exists(f"/proc/{self.pid}/ns/pid"):  # noqa: PTH110
+                        raise
+                    other.append(name)  # made by unshare(2), and no child is in it yet
+                    continue
                 if not os.path.samestat(ours, theirs):
                     other.append(name)
         return [Problem("namespaces", f"it has others than lazyd: {', '.join(other)}")] if other else []

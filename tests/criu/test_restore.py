@@ -470,6 +470,116 @@ print("again", flush=True)
         harness.reap_group(process.pid)
 
 
+OF_THREADS = """
+import ctypes, os, signal, struct, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+def do(result):
+    assert result != -1, os.strerror(ctypes.get_errno())
+heard = []
+signal.signal(signal.SIGUSR2, lambda *_: heard.append(1))
+libc.syscall.argtypes = [ctypes.c_long] * 5
+def burn(seconds):
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+def work():
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    event = ctypes.create_string_buffer(struct.pack("<Qiii", 0, signal.SIGUSR2, NOTIFY, threading.get_native_id()), 64)
+    number = ctypes.c_int()
+    do(libc.syscall(222, 3, ctypes.addressof(event), ctypes.addressof(number), 0))
+    value = ctypes.create_string_buffer(struct.pack("<4q", 0, 0, 0, 300_000_000), 32)
+    do(libc.syscall(223, number.value, 0, ctypes.addressof(value), 0))
+    begun.set()
+    burns.wait()
+    burn(0.6)
+begun, burns = threading.Event(), threading.Event()
+thread = threading.Thread(target=work)
+thread.start()
+begun.wait()
+os.mknod("STATE/ready")
+while not os.path.exists("STATE/go"):
+    time.sleep(0.01)
+burn(0.6)
+early = len(heard)
+burns.set()
+thread.join()
+with open("STATE/result", "w") as file:
+    file.write("ok\\n" if (early, len(heard)) == (0, 1) else f"{early} {len(heard)}\\n")
+"""
+
+
+@pytest.mark.parametrize("whose", ["lazyd", "trixie"])
+def test_what_each_thread_has(whose, start):
+    """A timer on its own processor time, and its personality."""
+    text = OF_THREADS.replace("NOTIFY", "4")  # SIGEV_THREAD_ID
+    saved = start("/usr/bin/setarch", "-R", PYTHON_COMMAND, "-c", text)
+    tids = thread_ids(saved.pid)
+    dump(saved, whose)
+    restore(saved)
+    assert thread_ids(saved.pid) == tids
+    assert {Path(f"/proc/{saved.pid}/task/{tid}/personality").read_text() for tid in tids} == {"00040000\n"}
+    assert verdict(saved) == "ok\n"
+
+
+def test_a_timer_of_which_no_image_says_on_whose_time_it_runs(start):
+    saved = start(PYTHON_COMMAND, "-c", OF_THREADS.replace("NOTIFY", "0"))  # SIGEV_SIGNAL
+    words = [LAZYD, "dump", "--pid", str(saved.pid), "-D", str(saved.images)]
+    run = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "has a timer on the time of one of its threads" in run.stderr
+    dump(saved, "trixie")
+    assert "timers: one on the time of a thread, and the images do not say of which" in refused(saved)
+
+
+INHERITABLE = """
+import ctypes, os, struct, time
+libc = ctypes.CDLL(None, use_errno=True)
+everything = int(open("/proc/self/status").read().split("CapPrm:")[1].split()[0], 16)
+words = [everything & 0xFFFFFFFF] * 3 + [everything >> 32] * 3
+assert libc.capset(struct.pack("<Ii", 0x20080522, 0), struct.pack("<6I", *words)) == 0
+assert libc.prctl(24, 3) == 0
+os.mknod("STATE/ready")
+time.sleep(1000)
+"""
+
+
+def test_what_is_inherited_and_could_not_be_given_again(start):
+    """A capability in the inheritable set that the bounding set has lost."""
+    saved = start(PYTHON_COMMAND, "-c", INHERITABLE)
+    names = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+    before = [status_fields(saved.pid)[name] for name in names]
+    assert int(before[0], 16) & ~int(before[3], 16) == 1 << 3
+    dump(saved, "lazyd")
+    restore(saved)
+    assert [status_fields(saved.pid)[name] for name in names] == before
+
+
+@pytest.mark.parametrize("unread", [b"", b"something"])
+def test_a_pipe_in_stock_s_images(suite, unread, start, tmp_path):
+    """Stock writes of each how much is in it: nothing, as a rule."""
+    state = tmp_path / "state"
+    state.mkdir()
+    reading, writing = os.pipe()
+    os.write(writing, unread)
+    program = f"import os, time; os.mknod('{state}/ready'); time.sleep(1000)"
+    null = subprocess.DEVNULL
+    command = [PYTHON_COMMAND, "-c", program]
+    process = subprocess.Popen(command, stdin=reading, stdout=null, stderr=null, start_new_session=True)
+    try:
+        harness.wait_until((state / "ready").exists, "the program")
+        saved = harness.Checkpoint("", process.pid, tmp_path / "images", state)
+        process.returncode = 0
+        dump(saved, suite)
+        if unread:
+            assert "pipes with bytes in them that nobody has read" in refused(saved)
+        else:
+            restore(saved, stdin=reading)
+    finally:
+        harness.reap_group(process.pid)
+        os.close(reading)
+        os.close(writing)
+
+
 TERMINAL = """
 import os, sys, termios, time, tty
 tty.setcbreak(0)
@@ -507,6 +617,48 @@ def test_a_terminal_is_handed_on(tmp_path):
         assert heard.split() == [b"quiet", b"True", b"SOME", b"WORDS"]
         os.close(second)
     finally:
+        harness.reap_group(process.pid)
+
+
+IN_THE_BACKGROUND = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+child = os.fork()
+if not child:
+    os.setpgid(0, 0)
+    os.execv(sys.argv[1], sys.argv[1:])
+_, status = os.waitpid(child, os.WUNTRACED)
+if os.WIFSTOPPED(status):
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    sys.exit(99)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_terminal_in_whose_background_lazyd_is(tmp_path):
+    """To set it up there stops a process, as a rule."""
+    state = tmp_path / "state"
+    state.mkdir()
+    first, theirs = pty.openpty()
+    command = [PYTHON_COMMAND, "-c", TERMINAL.replace("STATE", str(state))]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    try:
+        harness.wait_until((state / "ready").exists, "the program")
+        saved = harness.Checkpoint("", process.pid, tmp_path / "images", state)
+        process.returncode = 0
+        dump(saved, "lazyd")
+        os.close(first)
+        second, theirs = pty.openpty()
+        command = [PYTHON_COMMAND, "-c", IN_THE_BACKGROUND, LAZYD]
+        restore(saved, "--eager", "--stopped", stdin=theirs, command=command, start_new_session=True)
+        assert state_of(saved.pid) == "T"
+        os.close(theirs)
+        os.close(second)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
         harness.reap_group(process.pid)
 
 

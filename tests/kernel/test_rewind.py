@@ -429,3 +429,104 @@ def test_reserved_memory_is_freed_at_once(start_script):
         assert code == 0, said
         assert time.monotonic() - began < 60
     assert victim.process.poll() is None
+
+
+CHANGING = """
+import ctypes, fcntl, os, resource, signal, threading
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+def do(result):
+    assert result not in (-1, None), os.strerror(ctypes.get_errno())
+def vdso():
+    line = next(line for line in open("/proc/self/maps") if "[vdso]" in line)
+    start, end = (int(word, 16) for word in line.split()[0].split("-"))
+    return start, end - start
+vdso = vdso()
+file = open("STATE/file", "w")
+other = open("STATE/other", "w+")
+memory = os.memfd_create("sealed", os.MFD_ALLOW_SEALING)
+os.ftruncate(memory, 8192)
+do(libc.mmap(ctypes.c_void_p(0x200000000000), 8192, 1, 0x100001, memory, 0))
+if SEALED:
+    fcntl.fcntl(memory, 1033, 16)
+os.close(memory)
+goes = threading.Event()
+def work():
+    OF_THREAD
+    begun.set()
+    goes.wait()
+begun = threading.Event()
+threads = [threading.Thread(target=work) for _ in range(2)]
+for thread in threads:
+    thread.start()
+begun.wait()
+os.mknod("STATE/ready")
+signal.sigwait([signal.SIGUSR1])
+CHANGE
+os.mknod("STATE/changed")
+while True:
+    signal.pause()
+"""
+LASTING = {
+    "uts": ("do(libc.unshare(0x04000000))", "it has others than lazyd: uts"),
+    "pid": ("do(libc.unshare(0x20000000))", "it has others than lazyd: pid_for_children"),
+    "root": ("os.mkdir('STATE/a'); os.mknod('STATE/changed'); os.chroot('STATE/a'); signal.pause()", "by chroot"),
+    "lock": ("fcntl.flock(file, fcntl.LOCK_EX)", "/file): a file lock"),
+    "owner": ("fcntl.fcntl(file, fcntl.F_SETOWN, os.getpid())", "signals about it go to an owner"),
+    "securebits": ("do(libc.prctl(28, 0x2f))", "its securebits are 0x2f"),
+    "keepcaps": ("do(libc.prctl(8, 1))", "its securebits are 0x10"),
+    "counter": ("os.mknod('STATE/changed'); do(libc.prctl(26, 2)); signal.pause()", "may not read the time stamp"),
+    "denies": ("do(libc.prctl(65, 1, 0, 0, 0))", "may not have memory that it writes and runs"),
+    "vdso": ("os.mknod('STATE/changed'); do(libc.munmap(*vdso)); signal.pause()", "has unmapped its vdso"),
+    "program": ("os.mknod('STATE/changed'); os.execv('/bin/sleep', ['sleep', '99'])", "runs another program than"),
+}
+
+
+def changed(start_script, change, of_thread="pass", *, sealed=False):
+    """Run the script, and have it change; it goes on."""
+    text = CHANGING.replace("OF_THREAD", of_thread).replace("CHANGE", change).replace("SEALED", str(sealed))
+    victim = start_script(text)
+    os.kill(victim.pid, signal.SIGUSR1)
+    wait_until((victim.state / "changed").exists, "its change")
+    time.sleep(0.05)
+    return victim
+
+
+@pytest.mark.parametrize("what", LASTING)
+def test_what_nobody_can_take_back_is_refused(start_script, what):
+    change, said = LASTING[what]
+    assert said in refused(changed(start_script, change))
+
+
+def test_memory_that_is_sealed(start_script):
+    assert "is sealed (F_ADD_SEALS)" in refused(changed(start_script, "pass", sealed=True))
+
+
+def test_a_thread_that_had_less_rights_is_not_made_by_who_has_more(start_script):
+    gives_up = "do(libc.syscall(117, 65534, 65534, 65534))"
+    victim = changed(start_script, "goes.set(); [thread.join() for thread in threads]", gives_up)
+    assert "is gone, and had other credentials than the main thread has" in refused(victim)
+
+
+PUT_BACK = {
+    "files": "other.write('more'); other.flush()",
+    "personality": "do(libc.personality(0x0400000)); do(libc.mmap(None, 8192, 1, 0x22, -1, 0))",
+    "limits": "[resource.setrlimit(n, (0, resource.getrlimit(n)[1])) for n in (resource.RLIMIT_DATA, 11)]",
+}
+
+
+@pytest.mark.parametrize("what", PUT_BACK)
+def test_what_would_be_in_the_way_is_put_back(start_script, what):
+    victim = changed(start_script, "goes.set(); [thread.join() for thread in threads]; " + PUT_BACK[what])
+    (victim.state / "changed").unlink()
+    code, said = victim.rewind()
+    assert code == 0, said
+    assert "rwxp" not in Path(f"/proc/{victim.pid}/maps").read_text()
+    tids = thread_ids(victim.pid)
+    assert len(tids) == 3
+    assert {Path(f"/proc/{victim.pid}/task/{tid}/personality").read_text() for tid in tids} == {"00000000\n"}
+    assert resource.prlimit(victim.pid, resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
+    os.kill(victim.pid, signal.SIGUSR1)
+    wait_until((victim.state / "changed").exists, "the same change")
