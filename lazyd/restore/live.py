@@ -13,6 +13,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from lazyd.errors import RestoreError
@@ -233,9 +234,11 @@ def check_memory(plan: Plan, staying: Staying, live: Sequence[Live]) -> None:
             continue
         piece = next(one for one in live if one.start <= area.start < one.end)
         fd = os.open(f"/proc/{pid}/map_files/{piece.start:x}-{piece.end:x}", os.O_RDONLY | os.O_CLOEXEC)
+        seals = 0
         try:
-            seals = fcntl.fcntl(fd, _F_GET_SEALS)
             must_grow = os.fstat(fd).st_size < sizes[area.shared_id]
+            with suppress(OSError):  # EINVAL: nothing that could be sealed
+                seals = fcntl.fcntl(fd, _F_GET_SEALS)
         finally:
             os.close(fd)
         if seals & (_F_SEAL_WRITE | _F_SEAL_FUTURE_WRITE) or (must_grow and seals & _F_SEAL_GROW):
