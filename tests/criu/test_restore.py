@@ -591,8 +591,9 @@ print(sys.stdin.readline().upper(), flush=True)
 """
 
 
-def test_a_terminal_is_handed_on(tmp_path):
-    """Another terminal takes its place, with the settings that it had."""
+@contextlib.contextmanager
+def dumped_from_a_terminal(tmp_path):
+    """Dump a program that has set up its terminal; the terminal is gone then."""
     state = tmp_path / "state"
     state.mkdir()
     first, theirs = pty.openpty()
@@ -605,19 +606,27 @@ def test_a_terminal_is_handed_on(tmp_path):
         process.returncode = 0
         dump(saved, "lazyd")
         os.close(first)
+        yield saved
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        harness.reap_group(process.pid)
+
+
+def test_a_terminal_is_handed_on(tmp_path):
+    """Another terminal takes its place, with the settings that it had."""
+    with dumped_from_a_terminal(tmp_path) as saved:
         assert "terminal: none of lazyd's own standard streams is one" in refused(saved)
         second, theirs = pty.openpty()
         restore(saved, stdin=theirs)
         os.close(theirs)
-        (state / "go").touch()
+        (saved.state / "go").touch()
         os.write(second, b"some words\n")
         heard = b""
         while b"SOME WORDS" not in heard:
             heard += os.read(second, 1000)
         assert heard.split() == [b"quiet", b"True", b"SOME", b"WORDS"]
         os.close(second)
-    finally:
-        harness.reap_group(process.pid)
 
 
 IN_THE_BACKGROUND = """
@@ -638,28 +647,13 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 def test_a_terminal_in_whose_background_lazyd_is(tmp_path):
     """To set it up there stops a process, as a rule."""
-    state = tmp_path / "state"
-    state.mkdir()
-    first, theirs = pty.openpty()
-    command = [PYTHON_COMMAND, "-c", TERMINAL.replace("STATE", str(state))]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
-    os.close(theirs)
-    try:
-        harness.wait_until((state / "ready").exists, "the program")
-        saved = harness.Checkpoint("", process.pid, tmp_path / "images", state)
-        process.returncode = 0
-        dump(saved, "lazyd")
-        os.close(first)
+    with dumped_from_a_terminal(tmp_path) as saved:
         second, theirs = pty.openpty()
         command = [PYTHON_COMMAND, "-c", IN_THE_BACKGROUND, LAZYD]
         restore(saved, "--eager", "--stopped", stdin=theirs, command=command, start_new_session=True)
         assert state_of(saved.pid) == "T"
         os.close(theirs)
         os.close(second)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
-        harness.reap_group(process.pid)
 
 
 def test_in_the_background(sleeper, tmp_path):
