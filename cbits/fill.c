@@ -39,6 +39,7 @@ void lz_fill_anew(struct lz_task *task)
 	task->fill_region = 0;
 	task->ask_region = 0;
 	task->ask_page = 0;
+	task->ask_lead = 0; /* what is asked already will be counted again */
 }
 
 /*
@@ -368,6 +369,7 @@ static void ask_for_fill(struct lz_worker *worker, struct lz_task *task, bool is
 		task->ask_generation = generation;
 		task->ask_region = 0;
 		task->ask_page = 0;
+		task->ask_lead = 0;
 	}
 	while (task->ask_region < task->space.regions && lz_remote_room(remote, is_active) >= LZ_PAGE_SIZE) {
 		const struct lz_region *region = lz_space_region(arena, &task->space, task->ask_region);

@@ -68,9 +68,8 @@ static void map_resident(struct lz_io *io)
 				continue;
 			while (known < pages && there[known] & 1)
 				known++;
-			if (known < pages)
-				continue;
-			(void)madvise((void *)(uintptr_t)(source->map + at), length, MADV_POPULATE_READ);
+			if (known == pages)
+				(void)madvise((void *)(uintptr_t)(source->map + at), length, MADV_POPULATE_READ);
 			(void)nanosleep(&pause, NULL);
 		}
 	}

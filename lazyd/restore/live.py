@@ -14,19 +14,22 @@ import struct
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 from lazyd.errors import RestoreError
 from lazyd.restore.memory import shared_sizes
 from lazyd.restore.plan import PIPE, REGULAR, TERMINAL, Plan, Thread, mask
 from lazyd.restore.vma import Area, Kind
+from lazyd.target.crowd import ask_each
 from lazyd.target.descriptors import FILE_LOCK, SIGNALS_OWNER, Descriptor, DescriptorKind, read_descriptors
-from lazyd.target.mappings import read_mappings
+from lazyd.target.mappings import DELETED, read_mappings
 from lazyd.target.process import children, namespace_pids, stat_fields
-from lazyd.target.remote import Call, RemoteCalls, find_room
+from lazyd.target.remote import Call, SteppedCalls, Steps
 from lazyd.target.survey import Survey, check_is_process
 from lazyd.target.tracing import StoppedTask, status_fields, thread_ids
 from lazyd.tuples import NamedTuple
+from lazyd.units import PAGE_SIZE
 
 _COMPARED_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_SYNC | os.O_DIRECT | os.O_NOATIME
 _KINDS = {REGULAR: DescriptorKind.FILE, PIPE: DescriptorKind.PIPE, TERMINAL: DescriptorKind.TERMINAL}
@@ -41,7 +44,8 @@ _SYS_PRCTL = 157  # arch/x86/entry/syscalls/syscall_64.tbl
 _PR_GET_TSC, _PR_GET_SECUREBITS, _PR_GET_MDWE = 25, 27, 66  # include/uapi/linux/prctl.h
 _PR_TSC_SIGSEGV = 2
 _F_GET_SEALS = 1034
-_F_SEAL_GROW, _F_SEAL_WRITE, _F_SEAL_FUTURE_WRITE = 4, 8, 16
+_F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_WRITE, _F_SEAL_FUTURE_WRITE = 2, 4, 8, 16
+_UNLIMITED = (1 << 64) - 1
 _KERNEL_NAMES = {"[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]"}
 
 
@@ -93,7 +97,8 @@ def check_stopped(plan: Plan, stopped: StoppedTask) -> list[Descriptor]:
     """See, once it is stopped, that a task is what the images are of and has nothing that stays. Its descriptors."""
     pid = plan.pid
     stat = stat_fields(pid)
-    program = os.readlink(f"/proc/{pid}/exe")  # noqa: PTH115  the text as it is
+    # Installed anew it would be called deleted; whether it is the same is seen by its build id.
+    program = os.readlink(f"/proc/{pid}/exe").removesuffix(DELETED)  # noqa: PTH115  the text as it is
     # proc(5): 26 startcode, 28 startstack
     then = (plan.program, plan.mm.mm_start_code, plan.mm.mm_start_stack)
     if (program, int(stat[26 - 3]), int(stat[28 - 3])) != then:
@@ -127,21 +132,31 @@ def _check_switches(plan: Plan, stopped: StoppedTask) -> None:
         for thread in stopped.threads
         if thread.dispatches_system_calls()
     ]
-    with RemoteCalls(plan.pid, stopped.leader, find_room(stopped)) as calls:
-        bits, denies, has_counter = calls.run(
-            Call(_SYS_PRCTL, (_PR_GET_SECUREBITS,)),
-            Call(_SYS_PRCTL, (_PR_GET_MDWE,)),
-            Call(_SYS_PRCTL, (_PR_GET_TSC, calls.buffers)),
-        )
-        (counter,) = struct.unpack("i", calls.read(calls.buffers, 4))
-    if bits >= 0 and bits != plan.threads[0].core.thread_core.creds.secbits:
-        changed.append(f"its securebits are {bits:#x}")
-    if denies > 0:
-        changed.append("it may not have memory that it writes and runs")
-    if has_counter >= 0 and counter == _PR_TSC_SIGSEGV:
-        changed.append("it may not read the time stamp counter")
+    if not changed:  # or what it is asked might end it
+        then = {thread.tid: thread.core.thread_core.creds.secbits for thread in plan.threads}
+        leader = plan.threads[0].core.thread_core.creds.secbits
+        answers = ask_each(stopped, stopped.threads, _ask_switches)
+        for thread, (bits, denies, counter) in zip(stopped.threads, answers, strict=True):
+            if bits >= 0 and bits != then.get(thread.tid, leader):
+                changed.append(f"the securebits of thread {thread.tid} are {bits:#x}")
+            if denies > 0:
+                changed.append("it may not have memory that it writes and runs")
+            if counter == _PR_TSC_SIGSEGV:
+                changed.append(f"thread {thread.tid} may not read the time stamp counter")
     if changed:
-        raise RestoreError(f"process {plan.pid} has changed since it was dumped: {'; '.join(changed)} (prctl)")
+        listed = "; ".join(dict.fromkeys(changed))
+        raise RestoreError(f"process {plan.pid} has changed since it was dumped: {listed} (prctl)")
+
+
+def _ask_switches(calls: SteppedCalls) -> Steps[tuple[int, int, int]]:
+    """Ask a thread for its securebits, whether it is denied what it writes and runs, and how it reads the counter."""
+    bits, denies, result = yield from calls.run_steps(
+        Call(_SYS_PRCTL, (_PR_GET_SECUREBITS,)),
+        Call(_SYS_PRCTL, (_PR_GET_MDWE,)),
+        Call(_SYS_PRCTL, (_PR_GET_TSC, calls.buffers)),
+    )
+    (counter,) = struct.unpack("i", calls.read(calls.buffers, 4))
+    return bits, denies, counter if result >= 0 else 0
 
 
 def _check_credentials(thread: Thread) -> None:
@@ -196,20 +211,20 @@ def _limits(pid: int) -> list[tuple[str, str]]:
     return [(words[0], words[1]) for words in (line[26:].split() for line in lines)]
 
 
-def may_be_twice(pid: int) -> bool:
-    """Say whether nothing limits how much memory a task has mapped."""
-    limits = _limits(pid)
+def may_be_twice(plan: Plan) -> bool:
+    """Say whether nothing limits how much memory a task has mapped: while it goes back, and when it has what it had."""
+    limits = _limits(plan.pid)
     strict = Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
-    return not strict and limits[_RLIMIT_DATA][0] == limits[_RLIMIT_AS][0] == "unlimited"
+    then = plan.task.rlimits.rlimits
+    kinds = (_RLIMIT_DATA, _RLIMIT_AS)
+    return not strict and all(limits[kind][1] == "unlimited" and then[kind].cur == _UNLIMITED for kind in kinds)
 
 
 def soft_limits(pid: int) -> list[tuple[int, int]]:
     """Return the limits that would be in the way of a rewind, by number, and how high they may be."""
     numbers = (_RLIMIT_DATA, _RLIMIT_MEMLOCK, _RLIMIT_AS, _RLIMIT_SIGPENDING)
     limits = _limits(pid)
-    return [
-        (number, (1 << 64) - 1 if limits[number][1] == "unlimited" else int(limits[number][1])) for number in numbers
-    ]
+    return [(number, _UNLIMITED if limits[number][1] == "unlimited" else int(limits[number][1])) for number in numbers]
 
 
 def check_memory(plan: Plan, staying: Staying, live: Sequence[Live]) -> None:
@@ -218,16 +233,20 @@ def check_memory(plan: Plan, staying: Staying, live: Sequence[Live]) -> None:
     for kind, start in ((Kind.VDSO, "[vdso]"), (Kind.VVAR, "[vvar")):
         areas = [area for area in plan.vmas if area.kind is kind]
         parts = [one for one in live if one.name.startswith(start)]
-        if areas and areas[-1].end - areas[0].start != sum(one.end - one.start for one in parts):
+        if not areas:
+            continue
+        is_whole = areas[-1].end - areas[0].start == sum(one.end - one.start for one in parts)
+        follows = all(one.end == after.start for one, after in pairwise(parts))
+        if not (is_whole and follows and parts[0].name == f"{start.removesuffix(']')}]"):
             raise RestoreError(
-                f"process {pid} has unmapped its {kind.value}, or some of it, which only the kernel maps"
+                f"process {pid} has unmapped or moved some of its {kind.value}, which only the kernel maps"
             )
     most = int(Path("/proc/sys/vm/max_map_count").read_text())
     large = sum(one.is_private_memory and one.end - one.start >= _LARGE_BYTES for one in live)
-    count = max(len(live), len(plan.vmas))
-    if count + large + _OWN_MAPPINGS > most:
+    count = max(len(live), len(plan.vmas) + (large if may_be_twice(plan) else 0))
+    if count + _OWN_MAPPINGS > most:
         hint = f"vm.max_map_count is {most}, raise it"
-        raise RestoreError(f"process {pid} has too many mappings, {count}, to put any aside ({hint})")
+        raise RestoreError(f"process {pid} has, or would have for a while, too many mappings: {count} ({hint})")
     sizes = shared_sizes(plan)
     for area in staying.areas:
         if area.kind is not Kind.SHARED:
@@ -236,12 +255,14 @@ def check_memory(plan: Plan, staying: Staying, live: Sequence[Live]) -> None:
         fd = os.open(f"/proc/{pid}/map_files/{piece.start:x}-{piece.end:x}", os.O_RDONLY | os.O_CLOEXEC)
         seals = 0
         try:
-            must_grow = os.fstat(fd).st_size < sizes[area.shared_id]
+            size = os.fstat(fd).st_size
             with suppress(OSError):  # EINVAL: nothing that could be sealed
                 seals = fcntl.fcntl(fd, _F_GET_SEALS)
         finally:
             os.close(fd)
-        if seals & (_F_SEAL_WRITE | _F_SEAL_FUTURE_WRITE) or (must_grow and seals & _F_SEAL_GROW):
+        # Whole pages are written, and the end is put back.
+        resizes = size % PAGE_SIZE or size < sizes[area.shared_id]
+        if seals & (_F_SEAL_WRITE | _F_SEAL_FUTURE_WRITE) or (resizes and seals & (_F_SEAL_GROW | _F_SEAL_SHRINK)):
             raise RestoreError(f"process {pid}: {area} is sealed (F_ADD_SEALS): it cannot be put back")
 
 

@@ -23,7 +23,7 @@ from lazyd.image.directory import VMA_GUARD, ImagesDirectory, TaskState
 from lazyd.image.encode import SmallImage
 from lazyd.image.small import has_records, read_message, read_messages
 from lazyd.restore import vma as vmas
-from lazyd.target.process import is_timed_thread_known
+from lazyd.target.timers import is_maker_known
 from lazyd.target.tracing import status_fields
 from lazyd.tuples import NamedTuple
 
@@ -315,8 +315,8 @@ class _Reader:
                 self.add(where, f"capabilities that lazyd does not have itself: {lacking:#x}")
             if not core.HasField("thread_core"):
                 self.add(where, "images that are too old to say what it is")
-        clocks = {(one.clock_id, one.notify_thread_id) for one in plan.task.timers.posix}
-        if len(plan.threads) > 1 and not all(is_timed_thread_known(*one) for one in clocks):
+        clocks = {(one.clock_id, one.notify_thread_id, one.si_signo) for one in plan.task.timers.posix}
+        if len(plan.threads) > 1 and not all(is_maker_known(*one) for one in clocks):
             self.add("timers", "one on the time of a thread, and the images do not say of which")
         if not plan.task.sigactions:
             self.add("signals", "images that are too old to say what handles them")
@@ -333,7 +333,7 @@ class _Reader:
                 self.add(f"limit {name}", f"{limit.max} is above lazyd's own {hard}, and it may not raise that")
 
     def check_files(self, plan: Plan) -> None:
-        """See that every file that is mapped or open is what it was; one line about the first that is not."""
+        """See that every file that is mapped, or to be opened, is what it was; one line about the first that is not."""
         used = {plan.mm.exe_file_id} | {area.file for area in plan.vmas if area.file}
         if not self.is_there:  # else it has them open, and what it has written since is its own business
             used |= {one.id for one in plan.descriptors}

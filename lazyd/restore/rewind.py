@@ -107,12 +107,17 @@ class Rewound(Unreleased):
 
     def _take_over(self, stopped: StoppedTask) -> None:
         plan = self._plan
-        descriptors = check_stopped(plan, stopped)
-        timers = [timer.number for timer in list_timers(plan.pid)]
-        live = read_live(plan.pid)
-        staying = find_staying(plan, live)
-        check_rights(plan, staying, len(descriptors))
-        check_memory(plan, staying, live)
+        try:
+            descriptors = check_stopped(plan, stopped)
+            timers = [timer.number for timer in list_timers(plan.pid)]
+            live = read_live(plan.pid)
+            staying = find_staying(plan, live)
+            check_rights(plan, staying, len(descriptors))
+            check_memory(plan, staying, live)
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise RestoreError(f"process {plan.pid} was killed while it was looked at") from error
+        except OSError as error:
+            raise SystemCallError("looking at it", error.errno or 0, path=f"process {plan.pid}") from error
         ranges = [(one.start, one.end) for one in live] + [(area.start, area.end) for area in plan.vmas]
         workshop = find_workshop(ranges)
         was_stopped = bool(stopped.leader.stop_signal)
@@ -183,7 +188,7 @@ class Rewound(Unreleased):
 
     def _move_aside(self, puppet: Puppet, live: Sequence[Live], ranges: Sequence[tuple[int, int]]) -> None:
         puppet.run([Step("munlockall", _SYS_MUNLOCKALL)])  # or what is mapped next would have its pages at once
-        if not may_be_twice(puppet.pid):
+        if not may_be_twice(self._plan):
             return
         large = [one for one in live if one.is_private_memory and one.end - one.start >= _TABLE_BYTES]
         if not large:
@@ -231,18 +236,22 @@ class Rewound(Unreleased):
     def _fill_shared(self, pid: int) -> None:
         """Give objects of shared memory, which are mapped, what the images say. They are reached by their mappings."""
         first = {area.shared_id: area for area in reversed(self._plan.vmas) if area.kind is AreaKind.SHARED}
+        sizes = memories.shared_sizes(self._plan)
         for shared_id, area in first.items():
             piece = next(one for one in read_live(pid) if one.start <= area.start < one.end)
             fd = os.open(f"/proc/{pid}/map_files/{piece.start:x}-{piece.end:x}", os.O_RDWR | os.O_CLOEXEC)
             try:
                 size = os.fstat(fd).st_size
                 _punch(fd, size)
-                if size < memories.shared_sizes(self._plan)[shared_id]:
-                    os.ftruncate(fd, memories.shared_sizes(self._plan)[shared_id])
+                pages_end = -(-size // PAGE_SIZE) * PAGE_SIZE
+                if pages_end < sizes[shared_id]:
+                    os.ftruncate(fd, sizes[shared_id])
                 for extent in self._shared.tables[shared_id]:
                     if extent.kind is Kind.DUMPED:
                         source = self._shared.sources[extent.source].fd
                         memories.send(source, extent, fd, self._plan.images / f"pagemap-shmem-{shared_id}.img")
+                if size < pages_end == sizes[shared_id]:
+                    os.ftruncate(fd, size)
             finally:
                 os.close(fd)
 

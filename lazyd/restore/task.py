@@ -25,8 +25,9 @@ from lazyd.errors import ImageError, RestoreError
 from lazyd.hints import Any
 from lazyd.restore.plan import Plan, Thread, mask
 from lazyd.target import xstate
-from lazyd.target.process import SIGACTION_SIGNALS, times_its_maker
+from lazyd.target.process import SIGACTION_SIGNALS
 from lazyd.target.puppet import Pointing, Puppet, Step
+from lazyd.target.timers import times_its_maker
 from lazyd.target.tracing import Registers, status_fields
 from lazyd.target.tracing import Thread as Traced
 

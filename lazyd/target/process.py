@@ -17,21 +17,6 @@ _PROC = Path("/proc")
 SIGACTION_SIGNALS = [number for number in range(1, 65) if number not in (9, 19)]  # those whose action can be set
 
 
-def times_its_maker(clock: int) -> bool:
-    """Say whether a timer's clock, of 32 bits, is the processor time of the thread that has made it.
-
-    include/linux/posix-timers.h: that clock has a negative number, of which bit 2 says that it is a thread's, and all
-    from bit 3 on, inverted, of which: 0 is who asks. CLOCK_THREAD_CPUTIME_ID becomes such a one.
-    """
-    signed = (clock & 0xFFFF_FFFF ^ 1 << 31) - (1 << 31)
-    return signed >> 3 == -1 and bool(signed & 4)
-
-
-def is_timed_thread_known(clock: int, notified: int) -> bool:
-    """Say whether it is known of which thread a timer runs on the time: if its maker's, of whom it notifies."""
-    return not times_its_maker(clock) or bool(notified)
-
-
 def namespace_pids(pid: int) -> list[int]:
     """Return a task's pids, this pid namespace first; empty if there is no such task (proc(5), NSpid)."""
     with contextlib.suppress(OSError):

@@ -20,8 +20,9 @@ from pathlib import Path
 from lazyd.errors import DumpError
 from lazyd.target import xstate
 from lazyd.target.crowd import ask_each
-from lazyd.target.process import SIGACTION_SIGNALS, is_timed_thread_known, read_small, stat_fields
+from lazyd.target.process import SIGACTION_SIGNALS, read_small, stat_fields
 from lazyd.target.remote import Call, RemoteCalls, SteppedCalls, Steps, find_room
+from lazyd.target.timers import is_maker_known
 from lazyd.target.tracing import Registers, Rseq, StoppedTask, Thread, request, status_fields
 from lazyd.tuples import NamedTuple
 
@@ -195,7 +196,7 @@ def read_state(task: StoppedTask) -> TaskState:
             raise DumpError(f"thread {thread.tid} handles its own system calls (prctl); use `criu dump`")
     room = find_room(task)
     timers = list_timers(pid)
-    if len(task.threads) > 1 and any(not is_timed_thread_known(timer.clock, timer.thread) for timer in timers):
+    if len(task.threads) > 1 and not all(is_maker_known(one.clock, one.thread, one.signal) for one in timers):
         raise DumpError(f"process {pid} has a timer on the time of one of its threads: no image can hold of which")
     with RemoteCalls(pid, task.leader, room) as calls:
         leader_answers = calls.drive(_ask_thread(calls))

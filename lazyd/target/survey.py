@@ -35,6 +35,7 @@ from lazyd.tuples import NamedTuple
 
 _PF_KTHREAD, _PF_IO_WORKER, _PF_EXITING = 0x00200000, 0x00000010, 0x00000004  # include/linux/sched.h; field 9 of stat
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
+_NAMESPACES_OF_THREADS = ("cgroup", "ipc", "mnt", "net", "uts")  # the others are a process's
 _OF_CHILDREN = ("pid_for_children", "time_for_children")
 _LOOKS = 50  # at a task that changes all the time, before it is given up
 _DENIALS = 5  # before they are believed
@@ -112,6 +113,23 @@ def started_at(pid: int) -> int:
     except OSError:
         raise DumpError(f"process {pid} has ended") from None
     return int(fields[22 - 3]) * 1_000_000 // os.sysconf("SC_CLK_TCK")
+
+
+def _namespaces(whose: int | str, names: Sequence[str]) -> dict[str, tuple[int, int] | None]:
+    """Return what tells a task's namespaces, and those of its children to be, from others. OSError if it ends."""
+    found = {name: _namespace(whose, name) for name in (*_OF_CHILDREN, *names)}
+    # Those of children have none as long as nobody is in one. The others only what ends has lost, or is going to.
+    if any(found[name] is None and os.path.exists(f"/proc/self/ns/{name}") for name in names):  # noqa: PTH110
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), f"/proc/{whose}")
+    return found
+
+
+def _namespace(whose: int | str, name: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(f"/proc/{whose}/ns/{name}")  # noqa: PTH116  quick
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 class Survey:
@@ -196,19 +214,8 @@ class Survey:
         return [Problem("root directory", f"{root}, by chroot")] if root != "/" else []
 
     def _of_namespaces(self) -> list[Problem]:
-        other = []
-        for name in (*_NAMESPACES, *_OF_CHILDREN):
-            with suppress(FileNotFoundError):
-                ours = os.stat(f"/proc/self/ns/{name}")  # noqa: PTH116  quick
-                try:
-                    theirs = os.stat(f"/proc/{self.pid}/ns/{name}")  # noqa: PTH116  quick
-                except FileNotFoundError:
-                    if name not in _OF_CHILDREN or not os.path.exists(f"/proc/{self.pid}/ns/pid"):  # noqa: PTH110
-                        raise
-                    other.append(name)  # made by unshare(2), and no child is in it yet
-                    continue
-                if not os.path.samestat(ours, theirs):
-                    other.append(name)
+        ours, theirs = _namespaces("self", _NAMESPACES), _namespaces(self.pid, _NAMESPACES)
+        other = [name for name in theirs if theirs[name] != ours[name]]
         return [Problem("namespaces", f"it has others than lazyd: {', '.join(other)}")] if other else []
 
     def _of_threads(self) -> list[Problem]:
@@ -246,6 +253,10 @@ class Survey:
                 own.append("descriptors")
             if kcmp(self.pid, tid, KCMP_FS):
                 own.append("a working directory")
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ends
+            ours = _namespaces(self.pid, _NAMESPACES_OF_THREADS)
+            theirs = _namespaces(f"{self.pid}/task/{tid}", _NAMESPACES_OF_THREADS)
+            own += [f"a namespace ({name})" for name in theirs if theirs[name] != ours[name]]
         return own
 
     def _of_mappings(self, mappings: list[Mapping]) -> list[Problem]:

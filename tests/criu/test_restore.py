@@ -521,8 +521,13 @@ def test_what_each_thread_has(whose, start):
     assert verdict(saved) == "ok\n"
 
 
-def test_a_timer_of_which_no_image_says_on_whose_time_it_runs(start):
-    saved = start(PYTHON_COMMAND, "-c", OF_THREADS.replace("NOTIFY", "0"))  # SIGEV_SIGNAL
+@pytest.mark.parametrize(
+    ("notify", "number"),
+    [("0", "signal.SIGUSR2"), ("4", "32")],  # SIGEV_SIGNAL; and what libc makes of SIGEV_THREAD
+)
+def test_a_timer_of_which_no_image_says_on_whose_time_it_runs(notify, number, start):
+    text = OF_THREADS.replace("signal.SIGUSR2, NOTIFY", f"{number}, {notify}")
+    saved = start(PYTHON_COMMAND, "-c", text)
     words = [LAZYD, "dump", "--pid", str(saved.pid), "-D", str(saved.images)]
     run = subprocess.run(words, capture_output=True, text=True, check=False)
     assert run.returncode == 1

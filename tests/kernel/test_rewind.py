@@ -453,10 +453,24 @@ if SEALED:
     fcntl.fcntl(memory, 1033, 16)
 os.close(memory)
 goes = threading.Event()
+def dispatch():
+    # The selector says that every call is handed to the program: there is none to be, so it makes none any more.
+    selector = ctypes.create_string_buffer(b"\\0")
+    do(libc.prctl(59, 1, 0, 0, selector))
+    selector.raw = b"\\1"
+    while True:
+        pass
 def work():
     OF_THREAD
     begun.set()
-    goes.wait()
+    while not goes.wait(0.005):
+        if os.path.exists("STATE/thread"):
+            os.rename("STATE/thread", "STATE/changed")
+            IN_THREAD
+def end_threads():
+    goes.set()
+    for thread in threads:
+        thread.join()
 begun = threading.Event()
 threads = [threading.Thread(target=work) for _ in range(2)]
 for thread in threads:
@@ -475,18 +489,23 @@ LASTING = {
     "root": ("os.mkdir('STATE/a'); os.mknod('STATE/changed'); os.chroot('STATE/a'); signal.pause()", "by chroot"),
     "lock": ("fcntl.flock(file, fcntl.LOCK_EX)", "/file): a file lock"),
     "owner": ("fcntl.fcntl(file, fcntl.F_SETOWN, os.getpid())", "signals about it go to an owner"),
-    "securebits": ("do(libc.prctl(28, 0x2f))", "its securebits are 0x2f"),
-    "keepcaps": ("do(libc.prctl(8, 1))", "its securebits are 0x10"),
+    "securebits": ("do(libc.prctl(28, 0x2f))", "are 0x2f (prctl)"),
+    "keepcaps": ("do(libc.prctl(8, 1))", "are 0x10 (prctl)"),
+    "dispatch": ("end_threads(); os.mknod('STATE/changed'); dispatch()", "handles its own system calls"),
     "counter": ("os.mknod('STATE/changed'); do(libc.prctl(26, 2)); signal.pause()", "may not read the time stamp"),
     "denies": ("do(libc.prctl(65, 1, 0, 0, 0))", "may not have memory that it writes and runs"),
-    "vdso": ("os.mknod('STATE/changed'); do(libc.munmap(*vdso)); signal.pause()", "has unmapped its vdso"),
+    "vdso": (
+        "end_threads(); os.mknod('STATE/changed'); do(libc.munmap(*vdso)); signal.pause()",
+        "has unmapped or moved some of its vdso",
+    ),
     "program": ("os.mknod('STATE/changed'); os.execv('/bin/sleep', ['sleep', '99'])", "runs another program than"),
 }
 
 
-def changed(start_script, change, of_thread="pass", *, sealed=False):
+def changed(start_script, change, of_thread="pass", *, in_thread="pass", sealed=False):
     """Run the script, and have it change; it goes on."""
-    text = CHANGING.replace("OF_THREAD", of_thread).replace("CHANGE", change).replace("SEALED", str(sealed))
+    text = CHANGING.replace("OF_THREAD", of_thread).replace("IN_THREAD", in_thread)
+    text = text.replace("CHANGE", change).replace("SEALED", str(sealed))
     victim = start_script(text)
     os.kill(victim.pid, signal.SIGUSR1)
     wait_until((victim.state / "changed").exists, "its change")
@@ -500,13 +519,51 @@ def test_what_nobody_can_take_back_is_refused(start_script, what):
     assert said in refused(changed(start_script, change))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("do(libc.unshare(0x40000000))", "has a namespace (net) of its own"),
+        ("do(libc.prctl(28, 0x2f))", "are 0x2f (prctl)"),
+    ],
+)
+def test_what_another_thread_has_done_to_itself_is_refused(start_script, change, said):
+    victim = changed(start_script, "pass", in_thread=change)
+    (victim.state / "changed").unlink()
+    (victim.state / "thread").touch()
+    wait_until((victim.state / "changed").exists, "its change")
+    time.sleep(0.05)
+    assert said in refused(victim)
+
+
+def test_a_soft_limit_of_memory_leaves_no_room_for_twice_as_much(start_script):
+    """It can map again what it could map before, at once."""
+    text = CHANGING.replace("OF_THREAD", "pass").replace("IN_THREAD", "pass").replace("SEALED", "False")
+    room = "do(libc.munmap(libc.mmap(None, 48 << 20, 3, 0x22, -1, 0), 48 << 20))"
+    big = "big = bytearray(300 << 20); big[::4096] = bytes(len(big[::4096]))"
+    limit = "used = int(open('/proc/self/statm').read().split()[0]) * 4096; " + (
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))"
+    )
+    text = text.replace('os.mknod("STATE/ready")', f'{big}\n{limit}\nos.mknod("STATE/ready")')
+    text = text.replace("CHANGE", f"big[5] = 7; {room}")
+    victim = start_script(text)
+    for _ in range(2):
+        os.kill(victim.pid, signal.SIGUSR1)
+        wait_until((victim.state / "changed").exists, "its change")
+        (victim.state / "changed").unlink()
+        code, said = victim.rewind()
+        assert code == 0, said
+        assert "keeps up to" not in said
+    os.kill(victim.pid, signal.SIGUSR1)
+    wait_until((victim.state / "changed").exists, "its change")
+
+
 def test_memory_that_is_sealed(start_script):
     assert "is sealed (F_ADD_SEALS)" in refused(changed(start_script, "pass", sealed=True))
 
 
 def test_a_thread_that_had_less_rights_is_not_made_by_who_has_more(start_script):
     gives_up = "do(libc.syscall(117, 65534, 65534, 65534))"
-    victim = changed(start_script, "goes.set(); [thread.join() for thread in threads]", gives_up)
+    victim = changed(start_script, "end_threads()", gives_up)
     assert "is gone, and had other credentials than the main thread has" in refused(victim)
 
 
@@ -519,7 +576,7 @@ PUT_BACK = {
 
 @pytest.mark.parametrize("what", PUT_BACK)
 def test_what_would_be_in_the_way_is_put_back(start_script, what):
-    victim = changed(start_script, "goes.set(); [thread.join() for thread in threads]; " + PUT_BACK[what])
+    victim = changed(start_script, "end_threads(); " + PUT_BACK[what])
     (victim.state / "changed").unlink()
     code, said = victim.rewind()
     assert code == 0, said
