@@ -37,6 +37,7 @@ _PF_KTHREAD, _PF_IO_WORKER, _PF_EXITING = 0x00200000, 0x00000010, 0x00000004  # 
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 _NAMESPACES_OF_THREADS = ("cgroup", "ipc", "mnt", "net", "uts")  # the others are a process's
 _OF_CHILDREN = ("pid_for_children", "time_for_children")
+_NAMESPACE_LOOKS = 4
 _LOOKS = 50  # at a task that changes all the time, before it is given up
 _DENIALS = 5  # before they are believed
 _ZOMBIE_LOOKS, _ZOMBIE_PAUSE_S = 5, 0.002
@@ -117,10 +118,14 @@ def started_at(pid: int) -> int:
 
 def _namespaces(whose: int | str, names: Sequence[str]) -> dict[str, tuple[int, int] | None]:
     """Return what tells a task's namespaces, and those of its children to be, from others. OSError if it ends."""
-    found = {name: _namespace(whose, name) for name in (*_OF_CHILDREN, *names)}
-    # Those of children have none as long as nobody is in one. The others only what ends has lost, or is going to.
-    if any(found[name] is None and os.path.exists(f"/proc/self/ns/{name}") for name in names):  # noqa: PTH110
-        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), f"/proc/{whose}")
+    for _ in range(_NAMESPACE_LOOKS):
+        found = {name: _namespace(whose, name) for name in (*_OF_CHILDREN, *names)}
+        # Those of children there are none of as long as nobody is in one; all others are lost by what ends only.
+        if any(found[name] is None and os.path.exists(f"/proc/self/ns/{name}") for name in names):  # noqa: PTH110
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), f"/proc/{whose}")
+        if None not in found.values():
+            break
+        # What had just ended may have become another, by an exec, before the rest was looked at.
     return found
 
 
