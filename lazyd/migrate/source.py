@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import select
@@ -23,6 +24,7 @@ from lazyd.migrate.guard import Guard, how_to_decide
 from lazyd.net import delete_firewall_table, firewall_tables
 from lazyd.report import Log, human_seconds
 from lazyd.target.process import descendants
+from lazyd.target.tracing import status_fields
 from lazyd.tcp import Peer, connect
 from lazyd.tls.settings import Files
 from lazyd.tuples import NamedTuple
@@ -34,6 +36,8 @@ _DUMPER_S = 30.0
 _LOOK_S = 0.5
 _SILENT_S = 5.0
 _LAST_WORDS_S = 5.0
+_PIPE_LIMIT = Path("/proc/sys/fs/pipe-max-size")
+_PIPE_BYTES = 4 << 20  # as large as it makes them (seen, 4.1.1 and 4.2.1)
 
 
 class Settings(NamedTuple):
@@ -62,6 +66,7 @@ def migrate(settings: Settings, log: Log) -> int:
     """Migrate a task tree; return 0 once its copy has all of its memory. LazydError: it goes on here, as it was."""
     if not Path(f"/proc/{settings.pid}").exists():
         raise DumpError(f"process {settings.pid}: no such process")
+    _check_pipes(settings.pid)
     give_up_at_signals()
     with contextlib.ExitStack() as stack:
         connect_once = _connector(settings, stack)
@@ -82,6 +87,21 @@ def migrate(settings: Settings, log: Log) -> int:
             return migration.run()
         finally:
             migration.end_dumper()
+
+
+def _check_pipes(pid: int) -> None:
+    """See that criu may have the pipes that it gives pages out from: else it fails when the copy runs already."""
+    resident = sum(int(status_fields(one).get("VmRSS", "0 kB").split()[0]) << 10 for one in (pid, *descendants(pid)))
+    reading, writing = os.pipe()
+    try:
+        if resident > int(_PIPE_LIMIT.read_text()):
+            fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    except OSError as error:
+        what = f"criu needs pipes of {human_bytes(_PIPE_BYTES)} to give out its memory, and may not have them"
+        raise DumpError(f"process {pid}: {what}: raise {_PIPE_LIMIT} to {_PIPE_BYTES}") from error
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 def _connector(settings: Settings, stack: contextlib.ExitStack) -> Callable[[], socket.socket]:

@@ -27,7 +27,7 @@ from lazyd.restore.plan import Plan, make_plan, taken_ranges
 from lazyd.target import Attached
 from lazyd.target.expected import empty_ranges, merge_ranges
 from lazyd.target.mappings import find_pages
-from lazyd.target.puppet import Puppet, Step, find_workshop
+from lazyd.target.puppet import Puppet, Step, find_workshop, who_has
 from lazyd.target.userfault import enable_missing, reading_events, register_missing, take_userfaultfd
 
 _SYS_CLOSE, _SYS_USERFAULTFD = 3, 323
@@ -131,7 +131,7 @@ def make_threads(plan: Plan, puppet: Puppet) -> None:
     except RestoreError as error:
         for tid, _ in missing:
             if tid not in puppet.threads and os.path.exists(f"/proc/{tid}"):  # noqa: PTH110  quick
-                what = f"thread id {tid} is taken by another process or thread; end that first"
+                what = f"thread id {tid} is taken by {who_has(tid)}"
                 raise RestoreError(what) from error
         raise
 

@@ -255,8 +255,8 @@ _KERNEL_NAMES = {
 }
 _PROBLEMS = {
     b"ht": "huge pages (hugetlb)",
-    b"um": "served by a userfaultfd",
-    b"ui": "served by a userfaultfd",
+    b"um": "served by a userfaultfd (is a fill under way?)",
+    b"ui": "served by a userfaultfd (is a fill under way?)",
     b"io": "memory of a device",
     b"pf": "memory of a device",
     b"mm": "memory of a device",

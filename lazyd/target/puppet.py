@@ -44,6 +44,7 @@ from lazyd.target.tracing import (
     StoppedTask,
     Thread,
     request,
+    status_fields,
 )
 from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE, USER_SPACE_END
@@ -89,6 +90,14 @@ class Part(NamedTuple):
     start: int
     end: int
     is_code: bool
+
+
+def who_has(tid: int) -> str:
+    """Say who has an id that is wanted, and what to do about it."""
+    with suppress(OSError):
+        if status_fields(tid)["State"][0] == "Z":
+            return "a process that has ended, but its parent has not waited for it yet (a zombie)"
+    return "another process or thread; end that first"
 
 
 class Puppet:
@@ -171,7 +180,7 @@ class Puppet:
         finally:
             os.close(program)
         if result == -errno.EEXIST:
-            raise RestoreError(f"pid {self.pid} is taken by another process or thread; end that first")
+            raise RestoreError(f"pid {self.pid} is taken by {who_has(self.pid)}")
         if result == -errno.EPERM:
             hint = "choosing a pid needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN; run as root"
             raise SystemCallError("clone3", errno.EPERM, path=f"pid {self.pid}", hint=hint)

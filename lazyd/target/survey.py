@@ -205,22 +205,25 @@ class Survey:
         return problems
 
     def lasting(self) -> list[Problem]:
-        """Return what a task has done to itself and nobody can take back. OSError if it is gone."""
+        """Return what a task has done to itself and nobody can take back. OSError if it is gone.
+
+        Not its time namespace: criu restore puts everything into one of its own.
+        """
         own = [
             Problem(f"thread {tid}", f"has {what} of its own (unshare)")
             for tid in thread_ids(self.pid)
             if tid != self.pid
             for what in self._own(tid)
         ]
-        return [*self._of_namespaces(), *self._of_root(), *own]
+        return [*self._of_namespaces(apart_from=("time", "time_for_children")), *self._of_root(), *own]
 
     def _of_root(self) -> list[Problem]:
         root = os.readlink(f"/proc/{self.pid}/root")  # noqa: PTH115  the text as it is
         return [Problem("root directory", f"{root}, by chroot")] if root != "/" else []
 
-    def _of_namespaces(self) -> list[Problem]:
+    def _of_namespaces(self, apart_from: Sequence[str] = ()) -> list[Problem]:
         ours, theirs = _namespaces("self", _NAMESPACES), _namespaces(self.pid, _NAMESPACES)
-        other = [name for name in theirs if theirs[name] != ours[name]]
+        other = [name for name in theirs if theirs[name] != ours[name] and name not in apart_from]
         return [Problem("namespaces", f"it has others than lazyd: {', '.join(other)}")] if other else []
 
     def _of_threads(self) -> list[Problem]:

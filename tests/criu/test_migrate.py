@@ -19,7 +19,10 @@ import pki
 import pytest
 from process_harness import command_name
 
+from lazyd.errors import DumpError
+from lazyd.migrate import source
 from lazyd.net import Network, firewall_tables
+from lazyd.report import Log
 from lazyd.target.tracing import state_of
 
 PORT = 27100
@@ -444,3 +447,10 @@ def test_a_destination_that_is_none_changes_nothing(old_hosts, answer, said):
 
 def message(content: bytes) -> bytes:
     return len(content).to_bytes(4, "little") + content
+
+
+def test_pipes_that_criu_may_not_have_are_told_before_anything_is_done(monkeypatch):
+    """Told by the kernel, of pipes as large as nobody may have."""
+    monkeypatch.setattr(source, "_PIPE_BYTES", 1 << 31)
+    with pytest.raises(DumpError, match=r"criu needs pipes of .*: raise /proc/sys/fs/pipe-max-size to"):
+        source.migrate(source.Settings(os.getpid(), "127.0.0.1", 1), Log())

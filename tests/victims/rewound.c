@@ -12,6 +12,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -169,20 +170,30 @@ static char *map(size_t length, int flags, int fd)
 	return start;
 }
 
-/* Where each mapping is, and how. What an object of shared memory is called is not the task's business. */
+/*
+ * Where each mapping is, and how. What an object of shared memory is called is not the task's business; nor whether the
+ * kernel has made one of two mappings of private memory that lie side by side, which depends on what was touched first.
+ */
 static void read_maps(char *out, size_t size)
 {
-	char line[1024];
-	size_t length = 0;
+	char line[1024], how[8], how_before[8] = "";
+	unsigned long start, end, end_before = 0, inode;
+	size_t length = 0, at_end = 0; /* of the line before: where its end stands */
 	FILE *text = fopen("/proc/self/maps", "r");
 	NEED(text);
 	while (fgets(line, sizeof(line), text)) {
-		int end = 0;
-		NEED(sscanf(line, "%*x-%*x %*s%n", &end) == 0 && end);
-		line[end] = 0;
-		int more = snprintf(out + length, size - length, "%s\n", line);
-		length += (size_t)more;
+		NEED(sscanf(line, "%lx-%lx %7s %*x %*s %lu", &start, &end, how, &inode) == 4);
+		bool is_private = !inode && !strchr(line, '[');
+		if (is_private && start == end_before && !strcmp(how, how_before)) {
+			length = at_end;
+		} else {
+			length += (size_t)snprintf(out + length, size - length, "%lx-", start);
+			at_end = length;
+		}
+		length += (size_t)snprintf(out + length, size - length, "%lx %s\n", end, how);
 		NEED(length < size);
+		end_before = end;
+		strcpy(how_before, is_private ? how : "");
 	}
 	fclose(text);
 }
