@@ -51,9 +51,11 @@ int main(int argc, char **argv)
 		return 3;
 	for (uint64_t x = 1;;) {
 		uint64_t at = now(), last = clock->last;
-		if (last && at - last > clock->longest)
-			clock->longest = at - last;
-		clock->last = at;
+		if (at >= last) { /* else it was looked at before a dump, and this is a rewind to there */
+			if (last && at - last > clock->longest)
+				clock->longest = at - last;
+			clock->last = at;
+		}
 		if (!clock->first) /* asked before the clock: it is never one from before a dump */
 			clock->first = now();
 		while (clock->rewrite) {
