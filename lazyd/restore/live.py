@@ -23,7 +23,7 @@ from lazyd.restore.plan import PIPE, REGULAR, TERMINAL, Plan, Thread, mask
 from lazyd.restore.vma import Area, Kind
 from lazyd.target.crowd import ask_each
 from lazyd.target.descriptors import FILE_LOCK, SIGNALS_OWNER, Descriptor, DescriptorKind, read_descriptors
-from lazyd.target.mappings import DELETED, read_mappings
+from lazyd.target.mappings import DELETED, SERVED, read_mappings
 from lazyd.target.process import children, namespace_pids, stat_fields
 from lazyd.target.remote import Call, SteppedCalls, Steps
 from lazyd.target.survey import Survey, check_is_process
@@ -90,7 +90,8 @@ def check_before(plan: Plan, pid: int) -> None:
         raise RestoreError(f"{plan.images}: images of task {plan.pid}, not of {pid}")
     for mapping in read_mappings(pid):
         if mapping.problem:
-            raise RestoreError(f"process {pid}: {mapping} is {mapping.problem}: it cannot be rewound")
+            hint = " (is a fill under way?)" if mapping.problem == SERVED else ""
+            raise RestoreError(f"process {pid}: {mapping} is {mapping.problem}{hint}: it cannot be rewound")
 
 
 def check_stopped(plan: Plan, stopped: StoppedTask) -> list[Descriptor]:

@@ -253,10 +253,11 @@ _KERNEL_NAMES = {
     "[vvar_vclock]": MappingKind.VVAR,
     "[vsyscall]": MappingKind.VSYSCALL,
 }
+SERVED = "served by a userfaultfd"
 _PROBLEMS = {
     b"ht": "huge pages (hugetlb)",
-    b"um": "served by a userfaultfd (is a fill under way?)",
-    b"ui": "served by a userfaultfd (is a fill under way?)",
+    b"um": SERVED,
+    b"ui": SERVED,
     b"io": "memory of a device",
     b"pf": "memory of a device",
     b"mm": "memory of a device",

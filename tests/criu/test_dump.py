@@ -574,7 +574,7 @@ def test_a_page_server_that_is_not_there_or_hangs_up(programs, start, tmp_path):
     to = ["--page-server", "--address", "127.0.0.1", "--port", free_port()]
     said = lazyd("dump", "--pid", pid, "-D", images, *to, check=False)
     assert said.returncode == 1
-    assert "is the page server up" in said.stderr
+    assert "is the other end up" in said.stderr
     with socket.create_server(("127.0.0.1", 0)) as server:
         to[-1] = server.getsockname()[1]
         words = [LAZYD, "dump", "--pid", str(pid), "-D", str(images), *map(str, to)]

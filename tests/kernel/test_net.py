@@ -156,7 +156,7 @@ def test_connecting_and_listening_say_in_one_line_what_is_wrong(network):
             with pytest.raises(SystemCallError, match=r"^127.0.0.1:7000: listen: EADDRINUSE.*another program") as taken:
                 listen("127.0.0.1", PORT)
             assert taken.value.number == errno.EADDRINUSE
-        with pytest.raises(SystemCallError, match=r"^127.0.0.1:7000: connect: ECONNREFUSED.*page server"):
+        with pytest.raises(SystemCallError, match=r"^127.0.0.1:7000: connect: ECONNREFUSED.*the other end"):
             connect("127.0.0.1", PORT, Peer.ALWAYS_READS)
         with pytest.raises(SystemCallError, match=r"^10.9.9.9:7000: connect: ENETUNREACH.*no route"):
             connect("10.9.9.9", PORT, Peer.ALWAYS_READS)
