@@ -40,13 +40,18 @@ class Hosts:
         self.pid = stack.enter_context(migration._program(command, self.state, self.there.enter))
         self._stack = stack
         self.images, self.pidfile = folder / "images", folder / "restored.pid"
+        self.temporary = folder / "temporary"
+        self.temporary.mkdir()
 
     def _start(self, host, name, words, criu):
         log = self.folder / name
         words = [*harness.lazyd_command(), "migrate", *words, "--criu", criu or harness.criu_command(self.suite), "-j"]
         with log.open("wb") as out:
             null = subprocess.DEVNULL
-            process = subprocess.Popen(words, stdin=null, stdout=out, stderr=out, preexec_fn=host.enter)  # noqa: PLW1509
+            streams = {"stdin": null, "stdout": out, "stderr": out}
+            # One that is killed leaves its folder: in ours.
+            variables = os.environ | {"TMPDIR": str(self.temporary)}
+            process = subprocess.Popen(words, **streams, env=variables, preexec_fn=host.enter)  # noqa: PLW1509
         self._stack.callback(self._end, process)
         return process, log
 
@@ -344,14 +349,12 @@ def test_a_dumper_that_dies_after_go_does_not_let_two_run(old_hosts, answer):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_source_that_is_told_to_end_before_leaves_its_program(old_hosts, number, tmp_path, monkeypatch):
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+def test_a_source_that_is_told_to_end_before_leaves_its_program(old_hosts, number):
     with false_destination(old_hosts) as (source, log, _, _):
         source.send_signal(number)
         assert wait(source, old_hosts) == 1
         assert log.read_text().endswith(f"given up because of {number.name}; the task goes on at the source\n")
-    assert not list((tmp_path / "temporary").iterdir())
+    assert not list(old_hosts.temporary.iterdir())
     old_hosts.assert_goes_on()
 
 
