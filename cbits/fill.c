@@ -34,12 +34,17 @@ static bool is_quiet(const struct lz_worker *worker, const struct lz_task *task,
 	return now >= task->event_ns + QUIET_NS && now >= start_ns + SETTLED_IN_NS;
 }
 
-void lz_fill_anew(struct lz_task *task)
+static void ask_anew(struct lz_task *task)
 {
-	task->fill_region = 0;
 	task->ask_region = 0;
 	task->ask_page = 0;
 	task->ask_lead = 0; /* what is asked already will be counted again */
+}
+
+void lz_fill_anew(struct lz_task *task)
+{
+	task->fill_region = 0;
+	ask_anew(task);
 }
 
 /*
@@ -367,9 +372,7 @@ static void ask_for_fill(struct lz_worker *worker, struct lz_task *task, bool is
 		first = run.offset;
 	if (task->ask_generation != generation || (first != UINT64_MAX && !lz_remote_is_asked(remote, first))) {
 		task->ask_generation = generation;
-		task->ask_region = 0;
-		task->ask_page = 0;
-		task->ask_lead = 0;
+		ask_anew(task);
 	}
 	while (task->ask_region < task->space.regions && lz_remote_room(remote, is_active) >= LZ_PAGE_SIZE) {
 		const struct lz_region *region = lz_space_region(arena, &task->space, task->ask_region);

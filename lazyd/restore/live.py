@@ -39,7 +39,8 @@ _CAP_SYS_RESOURCE, _CAP_CHECKPOINT_RESTORE = 1 << 24, 1 << 40
 _RLIMIT_DATA, _RLIMIT_NOFILE, _RLIMIT_MEMLOCK, _RLIMIT_AS, _RLIMIT_SIGPENDING = 2, 7, 8, 9, 11
 _OWN_DESCRIPTORS = 8
 _OWN_MAPPINGS = 16
-_LARGE_BYTES = 2 << 20
+TABLE_BYTES = 2 << 20
+"""What one table of pages covers: mremap(2) moves it whole."""
 _SYS_PRCTL = 157  # arch/x86/entry/syscalls/syscall_64.tbl
 _PR_GET_TSC, _PR_GET_SECUREBITS, _PR_GET_MDWE = 25, 27, 66  # include/uapi/linux/prctl.h
 _PR_TSC_SIGSEGV = 2
@@ -243,8 +244,7 @@ def check_memory(plan: Plan, staying: Staying, live: Sequence[Live]) -> None:
                 f"process {pid} has unmapped or moved some of its {kind.value}, which only the kernel maps"
             )
     most = int(Path("/proc/sys/vm/max_map_count").read_text())
-    large = sum(one.is_private_memory and one.end - one.start >= _LARGE_BYTES for one in live)
-    count = max(len(live), len(plan.vmas) + (large if may_be_twice(plan) else 0))
+    count = max(len(live), len(plan.vmas) + len(put_aside(plan, live)))
     if count + _OWN_MAPPINGS > most:
         hint = f"vm.max_map_count is {most}, raise it"
         raise RestoreError(f"process {pid} has, or would have for a while, too many mappings: {count} ({hint})")
@@ -265,6 +265,13 @@ def check_memory(plan: Plan, staying: Staying, live: Sequence[Live]) -> None:
         resizes = size % PAGE_SIZE or size < sizes[area.shared_id]
         if seals & (_F_SEAL_WRITE | _F_SEAL_FUTURE_WRITE) or (resizes and seals & (_F_SEAL_GROW | _F_SEAL_SHRINK)):
             raise RestoreError(f"process {pid}: {area} is sealed (F_ADD_SEALS): it cannot be put back")
+
+
+def put_aside(plan: Plan, live: Sequence[Live]) -> list[Live]:
+    """Return the mappings that are moved aside and freed later: large private ones, if there may be twice as much."""
+    if not may_be_twice(plan):
+        return []
+    return [one for one in live if one.is_private_memory and one.end - one.start >= TABLE_BYTES]
 
 
 def check_rights(plan: Plan, staying: Staying, descriptors: int) -> None:

@@ -37,6 +37,7 @@ from lazyd.image.directory import MAP_LOCKED
 from lazyd.restore import memory as memories
 from lazyd.restore.build import Unreleased, check_empty, dress, make_threads, open_userfaultfd
 from lazyd.restore.live import (
+    TABLE_BYTES,
     Live,
     Staying,
     check_before,
@@ -44,7 +45,7 @@ from lazyd.restore.live import (
     check_rights,
     check_stopped,
     find_staying,
-    may_be_twice,
+    put_aside,
     read_live,
     soft_limits,
 )
@@ -73,7 +74,6 @@ _MREMAP_MAYMOVE_FIXED, _MADV_DONTFORK, _MADV_DONTNEED_LOCKED = 3, 10, 24
 _MADV_NORMAL, _MADV_DOFORK, _MADV_DODUMP = 0, 11, 17
 _FALLOC_KEEP_SIZE_PUNCH_HOLE = 3
 _ALL_SIGNALS = bytes([0xFF] * 8)
-_TABLE_BYTES = 2 << 20  # what one table of pages covers
 _SLICE_BYTES = 16 << 20
 _SLICE_PAGES = _SLICE_BYTES // PAGE_SIZE
 _PAUSE_S = 0.002
@@ -188,21 +188,19 @@ class Rewound(Unreleased):
 
     def _move_aside(self, puppet: Puppet, live: Sequence[Live], ranges: Sequence[tuple[int, int]]) -> None:
         puppet.run([Step("munlockall", _SYS_MUNLOCKALL)])  # or what is mapped next would have its pages at once
-        if not may_be_twice(self._plan):
-            return
-        large = [one for one in live if one.is_private_memory and one.end - one.start >= _TABLE_BYTES]
+        large = put_aside(self._plan, live)
         if not large:
             return
-        total = sum((one.end - one.start + 2 * _TABLE_BYTES) & -_TABLE_BYTES for one in large) + _TABLE_BYTES
-        at = (find_gap(ranges, total) + _TABLE_BYTES - 1) & -_TABLE_BYTES
+        total = sum((one.end - one.start + 2 * TABLE_BYTES) & -TABLE_BYTES for one in large) + TABLE_BYTES
+        at = (find_gap(ranges, total) + TABLE_BYTES - 1) & -TABLE_BYTES
         steps = []
         for one in large:
             length = one.end - one.start
-            to = at + one.start % _TABLE_BYTES
+            to = at + one.start % TABLE_BYTES
             steps.append(Step("mremap", _SYS_MREMAP, (one.start, length, length, _MREMAP_MAYMOVE_FIXED, to)))
             steps.append(Step("madvise", _SYS_MADVISE, (to, length, _MADV_DONTFORK)))
             self._aside.append(_Slice(to, to + length))
-            at += (length + 2 * _TABLE_BYTES) & -_TABLE_BYTES
+            at += (length + 2 * TABLE_BYTES) & -TABLE_BYTES
         puppet.run(steps)
 
     def _map(self, puppet: Puppet, staying: Staying) -> list[Extent]:

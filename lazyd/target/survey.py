@@ -209,12 +209,7 @@ class Survey:
 
         Not its time namespace: criu restore puts everything into one of its own.
         """
-        own = [
-            Problem(f"thread {tid}", f"has {what} of its own (unshare)")
-            for tid in thread_ids(self.pid)
-            if tid != self.pid
-            for what in self._own(tid)
-        ]
+        own = [problem for tid in thread_ids(self.pid) if tid != self.pid for problem in self._own(tid)]
         return [*self._of_namespaces(apart_from=("time", "time_for_children")), *self._of_root(), *own]
 
     def _of_root(self) -> list[Problem]:
@@ -251,9 +246,9 @@ class Survey:
         if _is_ending(self.pid):  # and has nothing any more
             raise ProcessLookupError
         # Once more: the leading thread may just have been another one, which an exec has ended.
-        return [Problem(f"thread {tid}", f"has {what} of its own (unshare)") for what in self._own(tid)]
+        return self._own(tid)
 
-    def _own(self, tid: int) -> list[str]:
+    def _own(self, tid: int) -> list[Problem]:
         """Return what a thread does not share with the leading one."""
         own = []
         with suppress(ProcessLookupError):
@@ -265,7 +260,7 @@ class Survey:
             ours = _namespaces(self.pid, _NAMESPACES_OF_THREADS)
             theirs = _namespaces(f"{self.pid}/task/{tid}", _NAMESPACES_OF_THREADS)
             own += [f"a namespace ({name})" for name in theirs if theirs[name] != ours[name]]
-        return own
+        return [Problem(f"thread {tid}", f"has {what} of its own (unshare)") for what in own]
 
     def _of_mappings(self, mappings: list[Mapping]) -> list[Problem]:
         problems = [Problem(f"mapping {mapping}", mapping.problem) for mapping in mappings if mapping.problem]
