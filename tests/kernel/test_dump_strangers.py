@@ -13,7 +13,8 @@ import pytest
 from kernel_harness import STRESS, wait_until
 
 from lazyd.target.others import Others
-from lazyd.target.tracing import state_of, status_fields, tracer_of
+from lazyd.target.process import children
+from lazyd.target.tracing import state_of, tracer_of
 
 LAZYD = str(Path(sys.executable).parent / "lazyd")
 
@@ -84,13 +85,18 @@ def sharer(tmp_path_factory):
 
 
 def start_sharer(sharer, flags, *words):
-    """Start it; return it and the stranger's pid."""
+    """Start it; return it and the stranger's pid, once the one between, which shares the same, is gone."""
     null = subprocess.DEVNULL
     command = [str(sharer), str(flags), *words]
     process = subprocess.Popen(
         command, stdin=null, stdout=subprocess.PIPE, stderr=null, start_new_session=True, cwd="/"
     )
     stranger = int(process.stdout.readline())
+    try:
+        wait_until(lambda: children(process.pid) == [], "the one between to be reaped")
+    except BaseException:
+        end(process)
+        raise
     return process, stranger
 
 
@@ -113,7 +119,6 @@ def end(process):
 def test_a_stranger_that_shares_is_named(sharer, flags, said, tmp_path):
     process, stranger = start_sharer(sharer, flags)
     try:
-        wait_until(lambda: int(status_fields(stranger)["PPid"]) != process.pid, "the one between to end")
         words = [LAZYD, "dump", "--pid", str(process.pid), "-D", str(tmp_path / "images")]
         run = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
         assert run.returncode == 1, run
