@@ -24,7 +24,7 @@ from lazyd.migrate.guard import Guard, how_to_decide
 from lazyd.net import delete_firewall_table, firewall_tables
 from lazyd.report import Log, human_seconds
 from lazyd.target.process import descendants
-from lazyd.target.tracing import status_fields
+from lazyd.target.tracing import has_ended, status_fields
 from lazyd.tcp import Peer, connect
 from lazyd.tls.settings import Files
 from lazyd.tuples import NamedTuple
@@ -36,6 +36,7 @@ _DUMPER_S = 30.0
 _LOOK_S = 0.5
 _SILENT_S = 5.0
 _LAST_WORDS_S = 5.0
+_ON_ITS_WAY_S = 1.0
 _PIPE_LIMIT = Path("/proc/sys/fs/pipe-max-size")
 _PIPE_BYTES = 4 << 20  # as large as it makes them (seen, 4.1.1 and 4.2.1)
 
@@ -140,15 +141,16 @@ class _Migration:
         self._guard.hold_at_end()
         # It would take from the copy what that still needs.
         refuse_signals(self._log, f"the copy at {self._control.peer} needs this process until it is full")
+        is_running = False
         try:
             self._control.say("go")
             said = self._hear("running", "failed")
-            if said.word == "running":
+            if is_running := said.word == "running":
                 stopped = human_seconds(time.monotonic() - self._begun)
                 self._log.message(f"running at {self._control.peer}; it was stopped for {stopped} at most")
                 said = self._hear_ending()
         except _DumperDiedError as error:
-            return self._stop(str(error))
+            return self._part(str(error), is_running=is_running)
         except Exception as error:
             return self._hold(str(error))
         if said.word == "full":
@@ -186,8 +188,14 @@ class _Migration:
         if self._control.stream in ready:
             return True
         if self._dumper.poll():
-            raise _DumperDiedError(f"criu dump has ended with {self._dumper.returncode}: {self._last_error()}")
+            raise _DumperDiedError(self._how_it_ended(self._dumper.returncode))
         return False
+
+    def _how_it_ended(self, code: int) -> str:
+        """Say how criu dump has failed. It has no last word when it is killed: what its log ends with is no reason."""
+        if code < 0:
+            return f"criu dump was killed by {signal.Signals(-code).name}"
+        return f"criu dump has ended with {code}: {self._last_error()}"
 
     def _hear_ending(self) -> Said:
         """Return what the destination says last; ProtocolError too if pages cannot get there any more."""
@@ -259,25 +267,41 @@ class _Migration:
         took = time.monotonic() - begun
         self._log.info(f"{count} images sent, {human_bytes(total)} in {human_seconds(took)}")
 
-    def _stop(self, why: str) -> int:
+    def _part(self, why: str, *, is_running: bool) -> int:
         """Stop the task again, which its dumper has let go on, unless the destination says that no copy runs.
 
-        A destination whose restore has failed has the dumper let go, and says so a moment later.
+        A destination whose restore has failed has the dumper let go, and says so a moment later. One whose copy runs
+        says nothing more, if that lacks anything: the copy waits.
         """
         self._signal_tasks(signal.SIGSTOP)
         self._guard.end()  # what a copy still lacks cannot come
+        copy = "runs and lacks memory"
         try:
-            said = self._control.hear("running", "failed", "lost", timeout_s=_ANSWER_S)
+            if is_running:
+                said = self._control.hear("full", "lost", timeout_s=_ON_ITS_WAY_S)
+            else:
+                said = self._control.hear("running", "failed", "lost", timeout_s=_ANSWER_S)
         except ProtocolError as error:
-            why = f"{why}; {error}"
+            if not is_running:
+                why = f"{why}; {error}"
         else:
             if said.word == "failed":
                 self._signal_tasks(signal.SIGCONT)
                 raise self._failed(said)
-        self._log.error(
-            f"{why}; process {self._settings.pid} and its children are stopped, as their copy runs and lacks memory:"
-            " kill -CONT them if it never will again, else kill -KILL"
-        )
+            if said.word == "full":
+                copy = "is whole"
+        return self._stop(why, copy)
+
+    def _stop(self, why: str, copy: str) -> int:
+        """Stop the task, whose dumper has failed, and leave it to people which of it and its copy goes on."""
+        self._signal_tasks(signal.SIGSTOP)
+        if has_ended(self._settings.pid):
+            self._log.error(f"{why}; process {self._settings.pid} has ended, and its copy {copy}")
+        else:
+            self._log.error(
+                f"{why}; process {self._settings.pid} and its children are stopped, as their copy {copy}:"
+                " kill -CONT them if it never will again, else kill -KILL"
+            )
         return 1
 
     def _signal_tasks(self, number: signal.Signals) -> None:
@@ -303,9 +327,10 @@ class _Migration:
             signal.signal(number, decide)
         while not decided.wait(0.5):
             if self._dumper is not None and (code := self._dumper.poll()) is not None:
-                what = "its copy has all pages" if not code else self._last_error()
-                self._log.message(f"criu dump has ended with {code}: {what}")
-                return 1 if code else 0
+                if code:
+                    return self._stop(self._how_it_ended(code), "may run")
+                self._log.message("criu dump has ended with 0: its copy has all pages")
+                return 0
         if wanted[0] == signal.SIGUSR1:
             self._guard.let_go_at_end()
             self._log.message(f"process {self._settings.pid} goes on here")
@@ -320,8 +345,7 @@ class _Migration:
         except subprocess.TimeoutExpired:
             return self._hold("criu dump does not end, though all pages have been sent")
         if code:
-            self._log.error(f"criu dump ended with {code}, though all pages were sent: {self._last_error()}")
-            return 1
+            return self._stop(f"{self._how_it_ended(code)}, though all pages were sent", "is whole")
         for line in said.values.get("summary", []):
             self._log.message(str(line))
         if self._settings.locks_by_nftables:

@@ -324,7 +324,7 @@ def test_a_dumper_that_dies_before_leaves_the_program(old_hosts):
     with false_destination(hosts) as (source, log, _, _):
         kill_dumper(source)
         assert wait(source, hosts) == 1
-        assert re.search(r"criu dump has ended with -9: .*; it goes on as it was\n$", log.read_text())
+        assert re.search(r"criu dump was killed by SIGKILL; it goes on as it was\n$", log.read_text())
         hosts.assert_goes_on()
 
 
@@ -342,9 +342,47 @@ def test_a_dumper_that_dies_after_go_does_not_let_two_run(old_hosts, answer):
     if answer == "failed":
         assert log.read_text().endswith(": no restore today; the task goes on here\n")
     else:
-        assert re.search("ended with -9: .* are stopped, as their copy runs and lacks memory", log.read_text())
+        assert re.search("killed by SIGKILL; .* are stopped, as their copy runs and lacks memory", log.read_text())
         assert hosts.task_state == "T"
         os.kill(hosts.pid, signal.SIGCONT)
+    hosts.assert_goes_on()
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_dumper_that_dies_while_the_copy_runs(old_hosts, is_whole):
+    """What the copy lacks is lost: both ends say so at once. Never do both run."""
+    hosts = old_hosts
+    with false_destination(hosts) as (source, log, control, _):
+        control.sendall(message(b'{"word": "restoring"}') + message(b'{"word": "running", "pid": 1}'))
+        harness.wait_until(lambda: "running at" in log.read_text(), "it to hear that")
+        kill_dumper(source)
+        harness.wait_until(lambda: hosts.task_state == "T", "it to be stopped again")
+        if is_whole:
+            control.sendall(message(b'{"word": "full"}'))
+        assert wait(source, hosts) == 1
+    copy = "is whole" if is_whole else "runs and lacks memory"
+    said = f"criu dump was killed by SIGKILL; process {hosts.pid} and its children are stopped, as their copy {copy}:"
+    assert said in log.read_text()
+    assert "says nothing" not in log.read_text()
+    assert hosts.task_state == "T"
+    os.kill(hosts.pid, signal.SIGCONT)
+    hosts.assert_goes_on()
+
+
+def test_a_dumper_that_dies_while_the_copy_is_filled(old_hosts):
+    """Both ends say at once that the copy lacks memory."""
+    hosts = old_hosts
+    (destination, log), (source, source_log) = hosts.destination("--fill-rate", "1M"), hosts.source()
+    harness.wait_until(lambda: "running at" in source_log.read_text(), f"the copy\n{hosts.logs()}")
+    kill_dumper(source)
+    assert wait(source, hosts) == 1
+    assert "are stopped, as their copy runs and lacks memory" in source_log.read_text()
+    harness.wait_until(lambda: "are missing and cannot be had any more" in log.read_text(), "the other to say so")
+    assert destination.poll() is None
+    assert hosts.task_state == "T"
+    os.kill(hosts.pid, signal.SIGCONT)
+    hosts.end_copy()
+    assert wait(destination, hosts) == 1
     hosts.assert_goes_on()
 
 
