@@ -185,14 +185,18 @@ def _show(given: argparse.Namespace) -> int:
 
 
 def _verify(given: argparse.Namespace) -> int:
-    from lazyd.image.verify import verify  # noqa: PLC0415  see the head of this module
+    from lazyd.image.freed import find_freed  # noqa: PLC0415  see the head of this module
+    from lazyd.image.verify import verify  # noqa: PLC0415
 
     directory = _directory(given)
     findings = verify(directory)
     for finding in findings:
         _put(str(finding))
     if not findings:
-        _put(f"{directory}: good")
+        doubts = find_freed(directory)
+        for doubt in doubts:
+            _put(str(doubt))
+        _put(f"{directory}: good{', apart from that' if doubts else ''}")
     return 1 if findings else 0
 
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from images_builder import Entry, Task, build_checkpoint
+from images_builder import PAGE, Entry, Task, build_checkpoint
 
 from lazyd import cli, daemon
 from lazyd.report import Show
@@ -289,6 +289,33 @@ def test_verify_says_what_is_wrong_where(images, capsys):
     (images / "pages-1.img").write_bytes(b"")
     assert cli.main(["verify", str(images)]) == 1
     assert "pages-1.img" in capsys.readouterr().out
+
+
+def test_verify_counts_the_pages_that_are_holes_of_the_file(tmp_path, capsys):
+    """In the middle of an entry, from one into the next, at the end, a piece of a page, and where nothing is read."""
+    parent = build_checkpoint(tmp_path / "parent", [Task(5, [Entry(BASE, 8), Entry(BASE + 16 * PAGE, 8)])])
+    youngest = build_checkpoint(
+        tmp_path / "youngest",
+        [Task(5, [Entry(BASE, 5), Entry(BASE + 5 * PAGE, 3, "parent"), Entry(BASE + 16 * PAGE, 8, "parent")])],
+        parent=parent,
+    )
+    image = parent / "pages-1.img"
+    content = image.read_bytes()
+    image.unlink()
+    holes = {2, 7, 8, 14, 15}
+    with image.open("wb") as pages:
+        for page in sorted(set(range(16)) - holes):
+            pages.seek(page * PAGE + (page == 11) * 2048)
+            pages.write(content[pages.tell() : (page + 1) * PAGE])
+        pages.truncate(len(content))
+    for directory, said in (
+        (parent, "5 dumped pages, the first at offset 8192,"),
+        (youngest, "4 dumped pages, the first at offset 28672,"),
+    ):
+        assert cli.main(["verify", str(directory)]) == 0
+        doubt, last = capsys.readouterr().out.splitlines()
+        assert f"pages-1.img: {said}" in doubt
+        assert last == f"{directory}: good, apart from that"
 
 
 def test_show_of_nothing_is_one_line(capsys, tmp_path):
