@@ -41,6 +41,11 @@ class Range(NamedTuple):
         return f"{self.start:#x}-{self.end:#x}"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number of things as a person reads it."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def human_bytes(count: float) -> str:
     """Return a length in bytes as a person reads it, in binary units."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):

@@ -52,7 +52,7 @@ from lazyd.target.tracing import StoppedTask, changes_too_fast, has_ended, threa
 from lazyd.target.userfault import UFFD_USER_MODE_ONLY, open_userfaultfd
 from lazyd.tls.settings import Files
 from lazyd.tuples import NamedTuple
-from lazyd.units import PAGE_SIZE, human_bytes
+from lazyd.units import PAGE_SIZE, counted, human_bytes
 from lazyd.wire import HeaderSize
 
 _T = TypeVar("_T")
@@ -459,7 +459,7 @@ def summary_lines(dumped: Dumped) -> list[str]:
     copied = counts.bytes - counts.early * PAGE_SIZE
     rate = copied / counts.copy_time if counts.copy_time else 0.0
     lines = [
-        f"process {names}: {threads} threads, now {dumped.settings.after.value}",
+        f"process {names}: {counted(threads, 'thread')}, now {dumped.settings.after.value}",
         f"pages: {counts.scanned} scanned; " + (", ".join(parts) or "none to dump"),
         f"stopped for {human_seconds(times.stopped)}: freezing {human_seconds(times.freezing)},"
         f" scan {human_seconds(counts.scan_time)},"

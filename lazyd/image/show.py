@@ -13,7 +13,7 @@ from lazyd.hints import Any
 from lazyd.image.checkpoint import Checkpoint, TaskImage, load
 from lazyd.image.directory import CoreState, ImagesDirectory
 from lazyd.image.pagemap import Kind
-from lazyd.units import PAGE_SIZE, human_bytes
+from lazyd.units import PAGE_SIZE, counted, human_bytes
 
 Description = dict[str, Any]
 
@@ -131,7 +131,9 @@ def render(description: Description) -> str:
     lines.append(f"  page-server header of {description['page_server_header_bytes']} bytes")
     lines += _render_chain(description["chain"])
     totals = description["totals"]
-    counts = f"{totals['tasks']} tasks ({totals['zombies']} zombies), {totals['vmas']} VMAs"
+    counts = (
+        f"{counted(totals['tasks'], 'task')} ({counted(totals['zombies'], 'zombie')}), {counted(totals['vmas'], 'VMA')}"
+    )
     lines.append(f"  {counts}, {human_bytes(totals['bytes_lazy_vmas'])} of VMAs left to lazy pages")
     lines += _render_kinds(totals["extents"], "  ")
     for task in description["tasks"]:

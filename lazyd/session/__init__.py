@@ -67,7 +67,7 @@ from lazyd.uffd import (
     SharedWords,
     TaskStatus,
 )
-from lazyd.units import PAGE_SIZE, human_bytes
+from lazyd.units import PAGE_SIZE, counted, human_bytes
 
 if TYPE_CHECKING:
     from lazyd.session.remote import RemotePages
@@ -246,14 +246,14 @@ class Session:
         self._engine.start()
         if life is Life.LAST:
             self._take_attached()
-            self._fail(f"the serving process died again and again: stopping {served} tasks and giving up")
+            self._fail(f"the serving process died again and again: stopping {counted(served, 'task')} and giving up")
             self._stop_tasks()
             return self._finish()
         self._held.find()  # behind what must have a descriptor
         if self._remote is not None:
             self._on_link()
         if not self._engine.is_finished:
-            self._log.warning(f"going on in the middle of a restore, {served} tasks handed over so far")
+            self._log.warning(f"going on in the middle of a restore, {counted(served, 'task')} handed over so far")
             self._resume_handshake(listener)
             return self._serve_to_the_end()
         self._is_finished = True
@@ -264,7 +264,7 @@ class Session:
         for number, info in enumerate(task_infos(self._engine)):
             if info.status is TaskStatus.FAILED:  # its notice may have died unread
                 self._fail(f"{self._name(number)}: could not be served to the end")
-        self._log.warning(f"going on with {served} tasks, left by a process that died")
+        self._log.warning(f"going on with {counted(served, 'task')}, left by a process that died")
         self._progress.begin()
         self._look_for_the_end()
         return self._serve_to_the_end()
@@ -553,7 +553,9 @@ class Session:
                 self._restore_finished()
             case HungUp():
                 self._hang_up()
-                handed = f"{len(self._announced)} of {len(self._tasks) + len(self._announced)} tasks handed over"
+                handed = (
+                    f"{len(self._announced)} of {counted(len(self._tasks) + len(self._announced), 'task')} handed over"
+                )
                 self._abandon(f"{SOCKET_NAME}: the restorer hung up before it had finished, {handed}")
 
     def _announce(self, pid: int, expected: dict[int, int] | set[int], what: str) -> None:
@@ -591,7 +593,7 @@ class Session:
         self._moments = self._moments._replace(restored=self._log.elapsed())
         self._miss_tasks()
         self._progress.begin()
-        self._log.info(f"restore finished: {len(self._announced)} tasks")
+        self._log.info(f"restore finished: {counted(len(self._announced), 'task')}")
         self._look_for_the_end()
 
     def _miss_tasks(self) -> None:
@@ -697,13 +699,13 @@ class Session:
             )
             return
         if is_again:
-            self._fail(f"{number.name} again: stopping {totals.serving} tasks and giving up")
+            self._fail(f"{number.name} again: stopping {counted(totals.serving, 'task')} and giving up")
             self._stop_tasks()
             return
         self._last_signal = now
         self._engine.hurry()
         self._log.warning(
-            f"{number.name}: {totals.serving} tasks still miss {human_bytes(totals.left_pages * PAGE_SIZE)};"
+            f"{number.name}: {counted(totals.serving, 'task')}, {human_bytes(totals.left_pages * PAGE_SIZE)} to come;"
             f" finishing the fill first (again within {SECOND_SIGNAL_S:.0f} seconds: stop the tasks instead)"
         )
 

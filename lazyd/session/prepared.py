@@ -12,7 +12,7 @@ from lazyd.image import Checkpoint, Kind
 from lazyd.target import Expected
 from lazyd.tuples import NamedTuple
 from lazyd.uffd import Engine, OnFork, Served
-from lazyd.units import PAGE_SIZE, human_bytes
+from lazyd.units import PAGE_SIZE, counted, human_bytes
 
 if TYPE_CHECKING:
     from lazyd.session.remote import RemotePages
@@ -79,8 +79,8 @@ def prepare(
         expected=expected,
         dialect=checkpoint.dialect.value,
         chain_depth=checkpoint.depth,
-        said=f"{checkpoint.path}: {len(numbers)} tasks and {len(zombies)} zombies,"
-        f" {human_bytes(pages * PAGE_SIZE)} to serve lazily, from {len(checkpoint.sources)} pages images"
+        said=f"{checkpoint.path}: {counted(len(numbers), 'task')} and {counted(len(zombies), 'zombie')},"
+        f" {human_bytes(pages * PAGE_SIZE)} to serve lazily, from {counted(len(checkpoint.sources), 'pages image')}"
         f" in a chain of {checkpoint.depth}; {checkpoint.dialect.value} ({checkpoint.dialect_reason})",
     )
 

@@ -68,7 +68,7 @@ def test_a_task_announced_as_a_zombie_is_refused(stage):
 
 
 def test_hanging_up_at_once_fails_the_restore(stage):
-    assert "hung up before it had finished, 0 of 1 tasks" in refused(stage, ["connect", "hangup"])
+    assert "hung up before it had finished, 0 of 1 task" in refused(stage, ["connect", "hangup"])
 
 
 def test_hanging_up_inside_a_pid_fails_the_restore(stage):
