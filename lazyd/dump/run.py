@@ -251,6 +251,9 @@ def _dump_tasks(settings: Settings, tasks: list[_Task], log: Log, begun: float) 
             for task in tasks:
                 is_incremental = task.tracker is not None and task.tracker.has_baseline
                 memory.prepare(task.pid, is_incremental=is_incremental)
+                if settings.parent is not None and not is_incremental:
+                    since = f"what process {task.pid} wrote since {settings.parent} was not tracked"
+                    log.warning(f"{since}: all of its memory is dumped again")
             return _dump_stopped(settings, tasks, looks, others, log, begun, writer, destination, memory, build_ids)
 
 

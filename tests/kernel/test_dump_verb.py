@@ -647,6 +647,8 @@ def test_a_tracker_whose_socket_is_removed_ends(start, tmp_path):
     run = lazyd("dump", "--pid", victim.pid, "-D", tmp_path / "second", "--parent", tmp_path / "first", "-R")
     assert run.returncode == 0, run.stderr
     assert "in the parent" not in run.stderr
+    wrote = f"what process {victim.pid} wrote since {tmp_path / 'first'} was not tracked"
+    assert f"{wrote}: all of its memory is dumped again\n" in run.stderr
     assert victim.finish() == "ok\n"
 
 
