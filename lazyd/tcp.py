@@ -77,6 +77,7 @@ def connect(address: str, port: int, peer: Peer, *, timeout_s: float = 30.0) -> 
 
 _CONNECT_HINTS = {
     errno.ECONNREFUSED: "nobody listens there: is the other end up, and is it this port?",
+    errno.ECONNRESET: "whoever listens there, or something between, hangs up at once",
     errno.ETIMEDOUT: "no answer: is the host up, and does a firewall let this port through?",
     errno.EHOSTUNREACH: "is the host up?",
     errno.ENETUNREACH: "no route: is the address right?",

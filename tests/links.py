@@ -65,7 +65,10 @@ class Way(Enum):
 
 @dataclass
 class Plan:
-    """What happens to one connection: after so many bytes in a direction (None: never) it is cut."""
+    """What happens to one connection: after so many bytes in a direction (None: never) it is cut.
+
+    After none it is cut when the first one comes: not before the client sees that it is connected.
+    """
 
     after_up: int | None = None
     after_down: int | None = None
@@ -137,12 +140,15 @@ class CuttingProxy:
         others = {client: server, server: client}
         reading = [client, server]
         while reading:
-            if any(limit is not None and counts[one] >= limit for one, limit in limits.items()):
+            if any(limit and counts[one] >= limit for one, limit in limits.items()):
                 passed.is_cut = True
                 return plan.way
             readable, _, _ = select.select([*reading, self._end], [], [])
             if self._end in readable:
                 return Way.RESET
+            if 0 in limits.values():
+                passed.is_cut = True
+                return plan.way
             one = readable[0]
             limit = limits[one]
             wanted = plan.chunk() if limit is None else min(plan.chunk(), limit - counts[one])
