@@ -117,7 +117,7 @@ def run(arguments: Sequence[str]) -> int:
 
     from lazyd.dump.core import PagemapFormat  # noqa: PLC0415  users of other verbs do not wait for it
     from lazyd.dump.run import DIALECTS, After, Settings, dump, statistics, summary_lines  # noqa: PLC0415
-    from lazyd.report import write_statistics  # noqa: PLC0415
+    from lazyd.report import check_statistics, write_statistics  # noqa: PLC0415
 
     is_pre_dump = given.words[0] == "pre-dump"
     after = After.KILL
@@ -126,8 +126,8 @@ def run(arguments: Sequence[str]) -> int:
     elif given.leave_stopped:
         after = After.STOP
     log = log_of(given, _DEFAULT_VERBOSITY)
-    if given.stats is not None and not given.stats.absolute().parent.is_dir():
-        raise UsageError(f"{given.stats}: no such directory for the statistics")
+    if given.stats is not None:
+        check_statistics(given.stats)
     may_hold = []
     if given.log_file is not None:
         _open_log(log, given.images_dir, given.log_file)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +23,7 @@ from lazyd.report import (
     Outcome,
     Progress,
     Show,
+    check_statistics,
     human_seconds,
     statistics,
     summary_lines,
@@ -89,14 +89,12 @@ class Announcement:
         """Write this process's pid where that of the one in whose place it is stands."""
         if self._path is None:
             return
-        hidden = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        from lazyd.outputs import write_whole  # noqa: PLC0415  few need it
+
         try:
             if self._path.exists():
-                hidden.write_text(str(os.getpid()))
-                hidden.rename(self._path)
+                write_whole(self._path, str(os.getpid()))
         except OSError as error:
-            with contextlib.suppress(OSError):
-                hidden.unlink()
             raise SystemCallError("writing the pidfile", error.errno or 0, path=self._path) from error
 
     def write(self) -> None:
@@ -127,16 +125,7 @@ def check_outputs(status_fd: int | None, statistics_path: Path | None) -> None:
         except (OSError, OverflowError) as error:
             raise SystemCallError(f"--status-fd {status_fd}", getattr(error, "errno", errno.EBADF)) from error
     if statistics_path is not None:
-        try:
-            if stat.S_ISDIR(statistics_path.parent.stat().st_mode) and not os.access(statistics_path.parent, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            if stat.S_ISDIR(statistics_path.stat().st_mode):
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        except FileNotFoundError as error:
-            if not os.path.isdir(statistics_path.parent):  # noqa: PTH112  it does not raise
-                raise SystemCallError("--stats", errno.ENOENT, path=statistics_path) from error
-        except OSError as error:
-            raise SystemCallError("--stats", error.errno or 0, path=statistics_path) from error
+        check_statistics(statistics_path)
 
 
 def serve(options: Options, log: Log) -> int:

@@ -457,18 +457,24 @@ def summary_lines(outcome: Outcome) -> list[str]:
     return lines
 
 
+def check_statistics(path: Path) -> None:
+    """Say early that statistics could not be written there when all is over."""
+    from lazyd.outputs import check_writable  # noqa: PLC0415  few ask for statistics
+
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise SystemCallError("--stats", error.errno or 0, path=path) from error
+
+
 def write_statistics(path: Path, values: dict[str, Any]) -> None:
     """Write the statistics, whole or not at all."""
     import json  # noqa: PLC0415  needed at the end only
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    from lazyd.outputs import write_whole  # noqa: PLC0415
+
     try:
-        try:
-            temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
+        write_whole(path, json.dumps(values, indent=1) + "\n")
     except OSError as error:
         raise SystemCallError("writing the statistics", error.errno or 0, path=path) from error
 

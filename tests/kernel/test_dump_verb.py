@@ -344,7 +344,7 @@ def test_other_namespaces_are_refused(kind, tmp_path):
         (["dump", "--pid", "2", "-D", "x", "--page-server"], "--address HOST and --port N are needed"),
         (["dump", "--pid", "2", "-D", "x", "--port", "1"], "are for --page-server"),
         (["dump", "--pid", "2", "-D", "x", "--page-server", "--address", "h", "--port", "65536"], "not a port"),
-        (["dump", "--pid", "2", "-D", "x", "--stats", "no/stats"], "no such directory for the statistics"),
+        (["dump", "--pid", "2", "-D", "x", "--stats", "no/stats"], "no/stats: --stats: ENOENT"),
         (["dump", "--pid", "2", "-D", "x", "-o", "no/log"], "opening the log file"),
         (
             ["pre-dump", "--pid", "2", "-D", "x", "--page-server", "--address", "x", "--port", "1"],
