@@ -101,7 +101,8 @@ class _Word(IntEnum):
     LAST = 3  # 1: given up
     BEGUN = 4  # 1: begun() was called, 2: and has returned
     DEATHS = 5  # and those after it: when servers died, in ns; the latest _DEATHS
-    RESERVE = 8  # and those after it: a descriptor plus 1 that is held for when no other is left
+    NOTED = 8  # the holder of SERVER whose death was written down last
+    RESERVE = 9  # and those after it: a descriptor plus 1 that is held for when no other is left
 
 
 class _Holder(NamedTuple):
@@ -299,7 +300,7 @@ class _Family:
         dead = _Holder.of(word)
         self.reap()
         cause = _cause(self._children.pop(dead.pid, None))
-        self._note_death()
+        self._note_death(word)
         is_last = bool(self._words[_Word.LAST])
         what = "giving up" if is_last else "the tasks wait, another goes on"
         self._say(f"the serving process {dead.pid} died of {cause}: {what}")
@@ -325,8 +326,14 @@ class _Family:
         with contextlib.suppress(OSError):
             os.close(dead.pidfd)  # of use to nobody now that the office has another holder
 
-    def _note_death(self) -> None:
-        """Write down that a server died; several within a short time are enough."""
+    def _note_death(self, word: int) -> None:
+        """Write down that the holder of SERVER died, once; several within a short time are enough.
+
+        A keeper may die after that and before there is another server: the next one finds the same dead holder.
+        """
+        noted = self._words[_Word.NOTED]
+        if noted == word or not self._words.swap(_Word.NOTED, noted, word):
+            return
         now = time.monotonic_ns()
         words = range(_Word.DEATHS, _Word.DEATHS + _DEATHS)
         self._words[min(words, key=self._words.__getitem__)] = now

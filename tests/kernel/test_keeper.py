@@ -101,6 +101,33 @@ def test_a_server_that_dies_again_and_again_gives_up_in_order(stage):
     assert skeleton.wait() == (0, "ok\n"), daemon.output
 
 
+def test_a_death_is_counted_once_by_two_keepers(stage):
+    """One that is killed while it replaces the server leaves a dead holder, which the next one finds again."""
+    stage.build({PID: VMAS})
+    for number in range(4 * STRESS):
+        dice = random.Random(number)
+        daemon = stage.start_daemon("--fill", "off")
+        steps = ["finish", "hangup", "say", "runs", "await", *STEPS["sweep"]]
+        skeleton = stage.start_skeleton(*hand_over(VMAS, PID), *steps)
+        skeleton.heard("runs")
+        daemon.wait_for_line("restore finished")
+        for _ in range(2):
+            before = daemon.whole_family()
+            os.kill(before["server"], signal.SIGKILL)
+            time.sleep(dice.uniform(0.0005, 0.005))
+            os.kill(before["keeper"], signal.SIGKILL)
+            wait_until(
+                lambda daemon=daemon, before=before: is_whole_again(daemon.family(), before, ["server", "keeper"]),
+                f"others; the daemon said:\n{daemon.output}",
+            )
+        skeleton.go_on()
+        assert skeleton.wait() == (0, "ok\n"), daemon.output
+        skeleton.close()
+        wait_until(lambda daemon=daemon: not daemon.family(), f"the end; the daemon said:\n{daemon.output}")
+        daemon.wait()
+        assert "giving up" not in daemon.output
+
+
 @pytest.mark.parametrize("cut", ["connect", "announce"])
 def test_a_server_killed_during_the_handshake_is_replaced(stage, cut):
     stage.build({PID: VMAS})
