@@ -8,8 +8,11 @@ apart, and to find holes is no proof.
 
 from __future__ import annotations
 
+import bisect
 import errno
 import os
+import re
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from lazyd.image.pagemap import ExtentTable, Kind
 from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE
 
-_SHARED = "pagemap-shmem-"
+_SHARED = re.compile(r"pagemap-shmem-(0|[1-9][0-9]*)\.img")
 
 
 class Doubt(NamedTuple):
@@ -40,10 +43,12 @@ class Doubt(NamedTuple):
 
 def find_freed(path: Path) -> list[Doubt]:
     """Return the doubtful pages images that a directory uses, its own and its parents'. verify() has found it good."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # as serving does: a long chain has many images
     with load(path) as checkpoint:
         found = _look(checkpoint.sources, [task.extents for task in checkpoint.tasks])
-    numbers = [int(name.stem.removeprefix(_SHARED)) for name in path.glob(f"{_SHARED}[0-9]*.img")]
-    shared = load_shared(path, numbers)
+    names = [_SHARED.fullmatch(entry.name) for entry in path.iterdir()]
+    shared = load_shared(path, [int(name[1]) for name in names if name is not None])
     try:
         found += _look(shared.sources, list(shared.tables.values()))
     finally:
@@ -55,15 +60,20 @@ def _look(sources: Sequence[PagesImage], tables: Sequence[ExtentTable]) -> list[
     all_holes = [_holes(source) for source in sources]
     if not any(all_holes):
         return []
+    ends = [[end for _, end in holes] for holes in all_holes]
     pages, first = [0] * len(sources), [source.size for source in sources]
     for table in tables:
         for _, count, kind, _, source, offset in table.rows():
             if kind != Kind.DUMPED.value:
                 continue
-            for hole_start, hole_end in all_holes[source]:
+            holes, stop = all_holes[source], offset + count * PAGE_SIZE
+            for number in range(bisect.bisect_right(ends[source], offset), len(holes)):
+                hole_start, hole_end = holes[number]
+                if hole_start >= stop:
+                    break
                 # Only whole pages: blocks may be smaller.
                 start = max(offset, -(-hole_start // PAGE_SIZE) * PAGE_SIZE)
-                length = min(offset + count * PAGE_SIZE, hole_end) - start
+                length = min(stop, hole_end) - start
                 if length >= PAGE_SIZE:
                     pages[source] += length // PAGE_SIZE
                     first[source] = min(first[source], start)
