@@ -19,5 +19,6 @@ Facts this rests on (seen, 4.1.1 and 4.2.1): the dumper takes the end of its con
 a connection that is reset is a failure, after which the task goes on. So the dumper has one end of a connection inside
 the source, and `guard` the other: it passes pages on, never an end, and while no copy has run it is made so that
 whatever ends it, be it kill -9, resets the dumper's connection. Once a copy may have run, it is the other way about:
-two of a task must never run, so the source stands still until its copy has all pages, or somebody decides.
+two of a task must never run, so the source stands still until its copy has all pages, or somebody decides. If the
+dumper dies meanwhile, `brake` has it stand still all the same.
 """

@@ -2,7 +2,8 @@
 """Stands between the dumper and the link: pages and requests go through, the link's end does not.
 
 Beside it stands a process that does nothing but hold the dumper's connection too. If the guard is killed while the task
-must not go on, the task stands still, and that process asks what is to be done, as the guard would have.
+must not go on, the task stands still, and that process asks what is to be done, as the guard would have. If it dies
+itself, the guard makes another: a guard that nobody stands by is taken for success when it is killed.
 
 Kernel facts (socket(7), tcp(7)): a TCP socket with SO_LINGER of no time is reset when it is closed, also by the end of
 its process; without, its peer sees an end of input. What either means to the dumper is in this package's head.
@@ -18,21 +19,26 @@ import signal
 import socket
 import struct
 import threading
+from pathlib import Path
 
 from lazyd.hints import NoReturn
+from lazyd.migrate.brake import Brake
+from lazyd.tuples import NamedTuple
 
 _PIPE_BYTES = 1 << 20
 _LOOK_MS = 200
+_HOLDER_NAME = "migrate-holder"  # who ends all by the name of lazyd leaves it to ask
 _GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _HOLD, _LET_GO, _DONE = b"h", b"l", b"d"
 _NO_TIME, _ANY_TIME = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 
 
 class Guard:
-    """Two threads that move bytes. The link is somebody else's."""
+    """Two threads that move bytes. The link is somebody else's; `brake` is of the task that is guarded."""
 
-    def __init__(self, link: socket.socket) -> None:
+    def __init__(self, link: socket.socket, brake: Brake) -> None:
         self._link = link
+        self.brake = brake
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self._inner = socket.create_connection(listener.getsockname())
             self.for_dumper, address = listener.accept()
@@ -44,6 +50,9 @@ class Guard:
         self._has_ended = False
         self._holder = 0
         self._to_holder = -1
+        self.holder_fd = -1
+        """Readable once look() has something to do."""
+        self._held: _Held | None = None
         self.let_go_at_end()
         link.settimeout(None)
         self.link_ended = threading.Event()
@@ -53,28 +62,47 @@ class Guard:
             threading.Thread(target=self._pass_requests, daemon=True),
         ]
 
-    def start(self, name: str) -> None:
-        """Begin to move bytes, once the dumper has its end; `name` is what is guarded."""
+    def start(self, dumper: int) -> None:
+        """Begin to move bytes, once the dumper has its end: a child of this process."""
         self.for_dumper.close()
-        reading, self._to_holder = os.pipe()
-        # Held back until it ignores them.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
-        self._holder = os.fork()  # there are no threads yet
-        if not self._holder:
-            _hold_too(self._inner, reading, name)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        os.close(reading)
+        self._held = _Held(os.pidfd_open(dumper), self.brake)
+        self._make_holder()
         for thread in self._threads:
             thread.start()
 
+    def _make_holder(self) -> None:
+        """Make the process that stands by. It shares nothing with the threads here that one of them might hold."""
+        assert self._held is not None
+        reading, self._to_holder = os.pipe()
+        # Held back until it ignores them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
+        self._holder = os.fork()
+        if not self._holder:
+            _hold_too(self._inner, reading, self._held)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        os.close(reading)
+        self.holder_fd = os.pidfd_open(self._holder)
+        self._tell_holder(_HOLD if self.holds else _LET_GO)
+
+    def look(self) -> None:
+        """See that there is somebody who stands by: call it again and again."""
+        with contextlib.suppress(ChildProcessError):
+            if not self._has_ended and self._holder and os.waitpid(self._holder, os.WNOHANG)[0]:
+                os.close(self._to_holder)
+                os.close(self.holder_fd)
+                self._make_holder()
+
     def let_go_at_end(self) -> None:
         """Have the source's task go on, should this process end."""
+        if self.holds:
+            self.brake.take_off()
         self.holds = False
         self._inner.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_TIME)
         self._tell_holder(_LET_GO)
 
     def hold_at_end(self) -> None:
-        """Have the source's task never go on, whatever happens to this process."""
+        """Have the source's task never go on, whatever happens to this process, or to the dumper."""
+        self.brake.put_on()
         self.holds = True
         self._inner.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ANY_TIME)
         self._tell_holder(_HOLD)
@@ -105,9 +133,13 @@ class Guard:
         if self._holder:
             self._tell_holder(_DONE)
             os.close(self._to_holder)
+            os.close(self.holder_fd)
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(self._holder, 0)
             self._holder = 0
+        if self._held is not None:
+            os.close(self._held.dumper)
+            self._held = None
 
     def _pass_pages(self) -> None:
         self._pass_on(self._inner, self._link)
@@ -143,39 +175,64 @@ def _reset(connection: socket.socket) -> None:
     ctypes.CDLL(None).connect(connection.fileno(), nobody, len(nobody))
 
 
-def _hold_too(inner: socket.socket, reading: int, name: str) -> NoReturn:
+class _Held(NamedTuple):
+    """What stands still while the guard holds it."""
+
+    dumper: int
+    """A pidfd of the dumper."""
+    brake: Brake
+
+
+def _hold_too(inner: socket.socket, reading: int, held: _Held) -> NoReturn:
     """Hold the dumper's connection; if whoever writes to `reading` dies, do as was said last."""
     try:
         for number in _GROUP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _GROUP_SIGNALS)
-        kept = sorted({2, reading, inner.fileno()})
+        with contextlib.suppress(OSError):
+            Path("/proc/self/comm").write_text(_HOLDER_NAME)
+        kept = sorted({2, reading, inner.fileno(), held.dumper})
         for low, high in zip([-1, *kept], [*kept, os.sysconf("SC_OPEN_MAX")], strict=True):
             os.closerange(low + 1, high)
         last = _LET_GO
         while (said := os.read(reading, 1)) not in (b"", _DONE):
             last = said
         if not said:
-            if last == _HOLD and _ask(inner, name) == signal.SIGTERM:
-                inner.shutdown(socket.SHUT_RDWR)
-            else:
-                _reset(inner)
+            _decide(inner, held, last)
     finally:
         os._exit(0)
 
 
-def _ask(inner: socket.socket, name: str) -> int:
-    """Wait for a signal that says what to do, or for the dumper's end."""
+def _decide(inner: socket.socket, held: _Held, last: bytes) -> None:
+    """Do what the guard would have done: it is dead."""
+    if last == _LET_GO:
+        _reset(inner)
+        return
+    wanted = _ask(held)
+    if wanted == signal.SIGTERM:
+        inner.shutdown(socket.SHUT_RDWR)
+    elif wanted == signal.SIGUSR1:
+        held.brake.take_off()
+        _reset(inner)
+    elif not held.brake.has_ended():  # it would have, had the dumper come to its end
+        held.brake.put_on()
+        os.write(2, f"criu dump has died; {held.brake.how_it_stands('may run')}\n".encode())
+
+
+def _ask(held: _Held) -> int:
+    """Return the signal that says what to do; 0: the dumper has ended."""
     wanted: list[int] = []
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda number, _: wanted.append(number))
-    text = f"lazyd migrate was killed; {how_to_decide(name)}\n"
-    os.write(2, text.encode())
     poll = select.poll()
-    poll.register(inner, 0)
+    poll.register(held.dumper, select.POLLIN)
+    is_told = False
     while not wanted:
-        if poll.poll(_LOOK_MS):
-            return signal.SIGTERM  # there is no dumper any more
+        if poll.poll(_LOOK_MS if is_told else 0):
+            return 0
+        if not is_told:
+            is_told = True
+            os.write(2, f"lazyd migrate was killed; {how_to_decide(f'process {held.brake.pid}')}\n".encode())
     return wanted[0]
 
 

@@ -19,12 +19,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lazyd.errors import DumpError, ProtocolError
+from lazyd.migrate.brake import Brake
 from lazyd.migrate.conversation import VERSION, Conversation, Said, give_up_at_signals, refuse_signals
 from lazyd.migrate.guard import Guard, how_to_decide
 from lazyd.net import delete_firewall_table, firewall_tables
 from lazyd.report import Log, human_seconds
 from lazyd.target.process import descendants
-from lazyd.target.tracing import has_ended, status_fields
+from lazyd.target.tracing import status_fields
 from lazyd.tcp import Peer, connect
 from lazyd.tls.settings import Files
 from lazyd.tuples import NamedTuple
@@ -81,7 +82,7 @@ def migrate(settings: Settings, log: Log) -> int:
         control.hear("linked", timeout_s=_ANSWER_S)
         folder = Path(tempfile.mkdtemp(prefix="lazyd-migrate-"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        guard = Guard(link)
+        guard = Guard(link, Brake(settings.pid))
         stack.callback(guard.end)
         migration = _Migration(settings, log, control, guard, folder)
         try:
@@ -92,7 +93,10 @@ def migrate(settings: Settings, log: Log) -> int:
 
 def _check_pipes(pid: int) -> None:
     """See that criu may have the pipes that it gives pages out from: else it fails when the copy runs already."""
-    resident = sum(int(status_fields(one).get("VmRSS", "0 kB").split()[0]) << 10 for one in (pid, *descendants(pid)))
+    resident = 0
+    for one in (pid, *descendants(pid)):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            resident += int(status_fields(one).get("VmRSS", "0 kB").split()[0]) << 10
     reading, writing = os.pipe()
     try:
         if resident > int(_PIPE_LIMIT.read_text()):
@@ -121,6 +125,22 @@ def _connector(settings: Settings, stack: contextlib.ExitStack) -> Callable[[], 
     return open_tunnel
 
 
+def _wait_for_byte(reading: int, dumper: subprocess.Popen[bytes]) -> bool:
+    """Wait for a byte of the dumper, and say whether it came; false too if the dumper has died.
+
+    One that is killed may leave children that hold the other end for ever: they are ended.
+    """
+    pidfd = os.pidfd_open(dumper.pid)
+    try:
+        if reading in select.select([reading, pidfd], [], [])[0]:
+            return bool(os.read(reading, 1))
+    finally:
+        os.close(pidfd)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(dumper.pid, signal.SIGKILL)  # a group of its own, which keeps its number until we wait for it
+    return False
+
+
 class _Migration:
     def __init__(self, settings: Settings, log: Log, control: Conversation, guard: Guard, folder: Path) -> None:
         self._settings, self._log, self._control = settings, log, control
@@ -137,7 +157,7 @@ class _Migration:
         try:
             self._hear("restoring")
         except _DumperDiedError as error:
-            raise DumpError(f"process {self._settings.pid}: {error}; it goes on as it was") from error
+            raise self._not_dumped(str(error)) from error
         self._guard.hold_at_end()
         # It would take from the copy what that still needs.
         refuse_signals(self._log, f"the copy at {self._control.peer} needs this process until it is full")
@@ -180,13 +200,14 @@ class _Migration:
         """
         assert self._dumper is not None
         with contextlib.ExitStack() as stack:
-            watched: list[socket.socket | int] = [self._control.stream]
+            watched: list[socket.socket | int] = [self._control.stream, self._guard.holder_fd]
             if self._dumper.returncode is None:
                 watched.append(pidfd := os.pidfd_open(self._dumper.pid))
                 stack.callback(os.close, pidfd)
             ready = select.select(watched, [], [], _LOOK_S)[0]
         if self._control.stream in ready:
             return True
+        self._guard.look()
         if self._dumper.poll():
             raise _DumperDiedError(self._how_it_ended(self._dumper.returncode))
         return False
@@ -234,19 +255,26 @@ class _Migration:
             raise DumpError(f"{self._settings.criu}: cannot be started: {reason} (--criu names it)") from error
         finally:
             os.close(writing)
-        self._guard.start(f"process {self._settings.pid}")
+        self._guard.start(self._dumper.pid)
         try:
-            is_ready = os.read(reading, 1)
+            is_ready = _wait_for_byte(reading, self._dumper)
         finally:
             os.close(reading)
         if not is_ready:
-            self._dumper.wait()
-            if not Path(f"/proc/{self._settings.pid}").exists():
-                raise DumpError(f"process {self._settings.pid}: it is gone, ended or migrated by somebody else")
-            raise DumpError(f"process {self._settings.pid}: criu dump: {self._last_error()}; it goes on as it was")
+            code = self._dumper.wait()
+            why = self._how_it_ended(code)
+            if code < 0 and not self._guard.brake.has_ended():  # what it had put into the task may be there
+                raise DumpError(f"process {self._settings.pid}: {why} at work on it: see whether it goes on as it was")
+            raise self._not_dumped(why)
         self._log.info(
             f"process {self._settings.pid} is stopped, after {human_seconds(time.monotonic() - self._begun)}"
         )
+
+    def _not_dumped(self, why: str) -> DumpError:
+        """Return the error of a dump of which no copy runs."""
+        if self._guard.brake.has_ended():
+            return DumpError(f"process {self._settings.pid}: it is gone, ended or migrated by somebody else; {why}")
+        return DumpError(f"process {self._settings.pid}: {why}; it goes on as it was")
 
     def _last_error(self) -> str:
         """Return the last error in criu's log."""
@@ -268,12 +296,11 @@ class _Migration:
         self._log.info(f"{count} images sent, {human_bytes(total)} in {human_seconds(took)}")
 
     def _part(self, why: str, *, is_running: bool) -> int:
-        """Stop the task again, which its dumper has let go on, unless the destination says that no copy runs.
+        """Leave the task stopped, which its dumper has let go, unless the destination says that no copy runs.
 
         A destination whose restore has failed has the dumper let go, and says so a moment later. One whose copy runs
         says nothing more, if that lacks anything: the copy waits.
         """
-        self._signal_tasks(signal.SIGSTOP)
         self._guard.end()  # what a copy still lacks cannot come
         copy = "runs and lacks memory"
         try:
@@ -286,28 +313,17 @@ class _Migration:
                 why = f"{why}; {error}"
         else:
             if said.word == "failed":
-                self._signal_tasks(signal.SIGCONT)
+                self._guard.brake.take_off()
                 raise self._failed(said)
             if said.word == "full":
                 copy = "is whole"
         return self._stop(why, copy)
 
     def _stop(self, why: str, copy: str) -> int:
-        """Stop the task, whose dumper has failed, and leave it to people which of it and its copy goes on."""
-        self._signal_tasks(signal.SIGSTOP)
-        if has_ended(self._settings.pid):
-            self._log.error(f"{why}; process {self._settings.pid} has ended, and its copy {copy}")
-        else:
-            self._log.error(
-                f"{why}; process {self._settings.pid} and its children are stopped, as their copy {copy}:"
-                " kill -CONT them if it never will again, else kill -KILL"
-            )
+        """Leave it to people which of the task and its copy goes on: its dumper has failed, and it is stopped."""
+        self._guard.brake.put_on()  # somebody may have had it go on meanwhile
+        self._log.error(f"{why}; {self._guard.brake.how_it_stands(copy)}")
         return 1
-
-    def _signal_tasks(self, number: signal.Signals) -> None:
-        for pid in (self._settings.pid, *descendants(self._settings.pid)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
 
     def _failed(self, said: Said) -> ProtocolError:
         """Return the error of a migration of which no copy runs."""
@@ -326,6 +342,7 @@ class _Migration:
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, decide)
         while not decided.wait(0.5):
+            self._guard.look()
             if self._dumper is not None and (code := self._dumper.poll()) is not None:
                 if code:
                     return self._stop(self._how_it_ended(code), "may run")

@@ -312,11 +312,22 @@ def test_a_link_for_pages_that_breaks_holds_the_program(old_hosts):
     hosts.assert_goes_on()
 
 
+def family_of(source):
+    """What a source has made: (the dumper, who holds the dumper's connection too)."""
+    made = harness.descendants(source.pid)
+    words = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in made}
+    (dumper,) = [pid for pid, said in words.items() if b"dump" in said and b"--tree" in said]
+    (holder,) = holders_of(source)
+    return dumper, holder
+
+
+def holders_of(source):
+    return [pid for pid in harness.descendants(source.pid) if command_name(pid) == "migrate-holder"]
+
+
 def kill_dumper(source):
     """Kill the criu dump of a source, which the kernel then has let go of the task."""
-    words = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in harness.descendants(source.pid)}
-    (dumper,) = [pid for pid, said in words.items() if b"dump" in said and b"--tree" in said]
-    os.kill(dumper, signal.SIGKILL)
+    os.kill(family_of(source)[0], signal.SIGKILL)
 
 
 def test_a_dumper_that_dies_before_leaves_the_program(old_hosts):
@@ -361,8 +372,10 @@ def test_a_dumper_that_dies_while_the_copy_runs(old_hosts, is_whole):
             control.sendall(message(b'{"word": "full"}'))
         assert wait(source, hosts) == 1
     copy = "is whole" if is_whole else "runs and lacks memory"
-    said = f"criu dump was killed by SIGKILL; process {hosts.pid} and its children are stopped, as their copy {copy}:"
-    assert said in log.read_text()
+    said = f"process {hosts.pid} and its children are stopped, as their copy {copy}:"
+    # It may have heard that before it saw that the dumper is dead.
+    how = "SIGKILL(, though all pages were sent)?" if is_whole else "SIGKILL"
+    assert re.search(f"criu dump was killed by {how}; {said}", log.read_text())
     assert "says nothing" not in log.read_text()
     assert hosts.task_state == "T"
     os.kill(hosts.pid, signal.SIGCONT)
@@ -384,6 +397,100 @@ def test_a_dumper_that_dies_while_the_copy_is_filled(old_hosts):
     hosts.end_copy()
     assert wait(destination, hosts) == 1
     hosts.assert_goes_on()
+
+
+@contextlib.contextmanager
+def running_copy(hosts):
+    """A source that is told that a copy runs; yield (source, its log, the dumper, the holder)."""
+    with false_destination(hosts) as (source, log, control, _):
+        control.sendall(message(b'{"word": "restoring"}') + message(b'{"word": "running", "pid": 1}'))
+        harness.wait_until(lambda: "running at" in log.read_text(), "it to hear that")
+        yield source, log, *family_of(source)
+
+
+def assert_stopped(hosts, log):
+    """The program stands, nobody holds it, and that is said; who has it go on finds it as it was."""
+    harness.wait_until(lambda: "are stopped, as their copy may run" in log.read_text(), "it to be said")
+    assert hosts.task_state == "T"
+    os.kill(hosts.pid, signal.SIGCONT)
+    hosts.assert_goes_on()
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_a_source_and_its_dumper_are_killed(old_hosts, is_asked):
+    """One after the other, or both at once: the program does not run, and who is left says so."""
+    with running_copy(old_hosts) as (source, log, dumper, holder):
+        if is_asked:
+            source.kill()
+            harness.wait_until(lambda: "is held" in log.read_text(), "what is left to ask")
+        os.kill(dumper, signal.SIGKILL)
+        source.kill()
+        source.wait()
+        assert_stopped(old_hosts, log)
+        harness.wait_until(lambda: state_of(holder) in "ZX", "what is left to end")
+
+
+def test_who_stands_by_a_source_is_killed(old_hosts):
+    """Another stands by: nobody takes the end of the source for a copy that is whole."""
+    with running_copy(old_hosts) as (source, log, _, holder):
+        os.kill(holder, signal.SIGKILL)
+        harness.wait_until(lambda: holders_of(source) not in ([], [holder]), "another")
+        (other,) = holders_of(source)
+        source.kill()
+        source.wait()
+        harness.wait_until(lambda: f"kill -USR1 {other}" in log.read_text(), "it to ask")
+        time.sleep(0.2)
+        assert old_hosts.task_state == "t"
+        os.kill(other, signal.SIGUSR1)
+        old_hosts.assert_goes_on()
+
+
+def test_a_program_that_was_stopped_before_stays_so_when_it_is_let_go(old_hosts):
+    os.kill(old_hosts.pid, signal.SIGSTOP)
+    harness.wait_until(lambda: old_hosts.task_state == "T", "it to be stopped")
+    with false_destination(old_hosts) as (source, _, control, _):
+        control.sendall(message(b'{"word": "restoring"}') + message(b'{"word": "failed", "reason": "no"}'))
+        assert wait(source, old_hosts) == 1
+    time.sleep(0.2)
+    assert old_hosts.task_state == "T"
+    os.kill(old_hosts.pid, signal.SIGCONT)
+    old_hosts.assert_goes_on()
+
+
+def test_children_that_fork_on_do_not_run_beside_their_copy(tmp_path):
+    """They are elsewhere by the time that anybody has seen that they run: they must not."""
+    program = harness.compile_c(harness.ROOT / "tests/victims/comet.c", tmp_path / "comet")
+    with contextlib.ExitStack() as stack:
+        hosts = Hosts(stack, "trixie", [str(program), str(tmp_path / "state")], tmp_path)
+
+        def trail():
+            return sum(path.stat().st_size for path in hosts.state.glob("trail-*"))
+
+        harness.wait_until(lambda: trail() > 20, "it to run")
+        with running_copy(hosts) as (source, log, dumper, _):
+            before = trail()
+            os.kill(dumper, signal.SIGKILL)
+            assert wait(source, hosts) == 1
+            time.sleep(0.2)
+            assert trail() == before
+            assert "are stopped, as their copy runs and lacks memory" in log.read_text()
+        for pid in (hosts.pid, *harness.descendants(hosts.pid)):
+            with contextlib.suppress(ProcessLookupError):  # the init among them reaps what has ended
+                os.kill(pid, signal.SIGCONT)
+        harness.wait_until(lambda: trail() > before + 20, "it to go on")
+
+
+def test_a_dumper_that_dies_and_leaves_a_child(old_hosts, tmp_path):
+    """The child holds the pipe by which the dumper was to say that it serves."""
+    broken = tmp_path / "criu"
+    broken.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {tmp_path}/child\nkill -KILL $$\n")
+    broken.chmod(0o755)
+    (destination, _), (source, log) = old_hosts.destination(), old_hosts.source(criu=str(broken))
+    assert wait(source, old_hosts) == 1
+    assert wait(destination, old_hosts) == 1
+    assert "criu dump was killed by SIGKILL at work on it: see whether it goes on as it was" in log.read_text()
+    harness.wait_until(lambda: state_of(int((tmp_path / "child").read_text())) in "ZX", "the child to be ended")
+    old_hosts.assert_goes_on()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
