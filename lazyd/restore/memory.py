@@ -255,16 +255,19 @@ def _length(parts: Sequence[Part]) -> int:
 
 
 def check_vdso(plan: Plan, memory: Memory) -> None:
-    """See that the vdso that the images hold is this kernel's: programs have its addresses in their memory."""
+    """See that the vdso that the images hold is this kernel's: programs have its addresses in their memory.
+
+    What stands behind its end is no part of it: a tracer that was killed, ours among them, may have left code there.
+    """
     areas = [area for area in plan.vmas if area.kind is AreaKind.VDSO]
     if not areas:
         return
-    own = own_code()
+    own = own_code().rstrip(b"\0")
     start = areas[0].start
     for extent in memory.extents.within([(area.start, area.end) for area in areas]):
         was = os.pread(memory.sources[extent.source], extent.pages * PAGE_SIZE, extent.offset)
-        at = extent.start - start
-        if was != own[at : at + len(was)]:
+        code = own[extent.start - start :][: len(was)]
+        if was[: len(code)] != code:
             raise RestoreError(
                 f"task {plan.pid} was dumped on another kernel: its vdso is not this one's;"
                 " `criu restore` can mend that"

@@ -136,6 +136,40 @@ def test_again_and_again(start):
         victim.check(said)
 
 
+def vdso_of(pid):
+    """Where a task's vdso is, and its bytes."""
+    (line,) = [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if line.endswith("[vdso]")]
+    start, end = (int(word, 16) for word in line.split()[0].split("-"))
+    with Path(f"/proc/{pid}/mem").open("rb") as memory:
+        memory.seek(start)
+        return start, memory.read(end - start)
+
+
+def write_into(pid, address, content):
+    with Path(f"/proc/{pid}/mem").open("r+b", buffering=0) as memory:
+        memory.seek(address)
+        memory.write(content)
+
+
+def test_what_a_killed_tracer_has_left_behind_the_vdso(start):
+    """It is no part of the vdso; what is one has to be this kernel's."""
+    victim = start()
+    at, content = vdso_of(victim.pid)
+    end = at + len(content.rstrip(b"\0"))
+    write_into(victim.pid, end, b"\x0f\x05\xcc")
+    victim.dump()
+    victim.check()
+    victim.forget()
+    code, said = victim.rewind()
+    assert code == 0, said
+    victim.check(said)
+    write_into(victim.pid, end - 1, bytes([content[end - 1 - at] ^ 1]))
+    victim.dump()
+    code, said = victim.rewind()
+    assert code == 1
+    assert "its vdso is not this one's" in said
+
+
 def test_while_its_old_memory_is_freed(start):
     """It goes on at once, and its memory is whole while lazyd fills and frees."""
     victim = start(64)
