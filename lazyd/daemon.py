@@ -176,7 +176,11 @@ def _serve(options: Options, log: Log, statistics_path: Path | None) -> int:
         # In the parent of a daemon the name must stay.
         stack.callback(listener.close)
         pidfile = None if options.pidfile is None else work / options.pidfile
-        announcement = Announcement(pidfile, options.status_fd)
+        try:
+            announcement = Announcement(pidfile, options.status_fd)
+        except LazydError:
+            listener.unlink()
+            raise
         ready = None
         if options.is_daemon:
             ready = into_background(listener.unlink)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -160,6 +161,15 @@ def test_a_work_directory_that_is_read_only_is_refused(stage, words):
     (line,) = (stage.work / "daemon.out").read_text().splitlines()
     assert "EROFS" in line or "EACCES" in line
     assert str(stage.work) in line
+
+
+@pytest.mark.parametrize("pidfile", ["none/lazy.pid", "/dev/full"])
+def test_a_pidfile_that_cannot_be_written_leaves_no_socket(stage, pidfile):
+    stage.build({PID: VMAS})
+    daemon = stage.start_command("--pidfile", pidfile, listening=False)
+    assert daemon.wait() == 1
+    assert re.search("opening the pidfile: ENOENT|writing the pidfile: ENOSPC", daemon.output)
+    assert not (stage.work / "lazy-pages.socket").exists()
 
 
 def test_images_that_vanish_are_served_to_the_end(stage):
