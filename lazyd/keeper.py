@@ -32,6 +32,10 @@ from a holder whose pidfd says that it is dead, so of several who try one succee
 for a dead one, and needs nobody to be anyone's parent; so who reaps does not matter either. A server serves only once
 its office says so. One whose maker died before that becomes a standby, of which there may be any number.
 
+Nor does anybody wait for a pidfd for long without looking again who holds the office. poll(2) looks its numbers up anew
+whenever it wakes, and finds another file if the number has been given away in the shared table meanwhile: seen, on a
+busy machine, was a standby that slept for ever, woken by its keeper's death when the number was another server's.
+
 What cannot be helped: all three killed at once, as by the kill of a whole control group. Then the kernel lets the
 tasks read zeros.
 """
@@ -60,6 +64,7 @@ _DEATHS = 3
 _DEATHS_WITHIN_NS = 10_000_000_000
 _RETRY_S = 0.5
 _SOON_S = 0.002
+_LOOK_S = 0.25
 _HALT_AFTER_S = 10.0
 _RESERVE = 2
 
@@ -118,11 +123,11 @@ class _Holder(NamedTuple):
     def word(self) -> int:
         return self.pid << 32 | self.pidfd
 
-    def is_dead(self, wait_s: float | None = 0) -> bool:
-        """Wait for its death; None: for as long as it takes."""
+    def is_dead(self, wait_s: float = 0) -> bool:
+        """Wait for its death for so long. True may be of another: see that the office has the same holder still."""
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
-        return bool(poll.poll(None if wait_s is None else wait_s * 1000))
+        return bool(poll.poll(wait_s * 1000))
 
 
 def keep(work: Work) -> int:
@@ -271,7 +276,7 @@ class _Family:
         poll = select.poll()
         poll.register(self._signals, select.POLLIN)
         poll.register(_Holder.of(self._words[_Word.SERVER]).pidfd, select.POLLIN)
-        poll.poll(None if self._standby else _RETRY_S * 1000)
+        poll.poll(_LOOK_S * 1000)
         with contextlib.suppress(BlockingIOError):
             while number := int.from_bytes(os.read(self._signals, _SIGNAL_BYTES)[:4], sys.byteorder):
                 if number != signal.SIGCHLD:
@@ -400,7 +405,9 @@ class _Family:
             while _Holder.of(self._words[_Word.SERVER]).pid != os.getpid() and time.monotonic() < soon:
                 os.sched_yield()  # a wait takes a millisecond, and a task may be waiting for this process
             while _Holder.of(self._words[_Word.SERVER]).pid != os.getpid():
-                if maker.is_dead(0.001) and _Holder.of(self._words[_Word.SERVER]).pid != os.getpid():
+                # Dead it is too if the office is another's; what its number means then is nothing of it.
+                is_dead = self.keeper() != maker or maker.is_dead(0.001)
+                if is_dead and _Holder.of(self._words[_Word.SERVER]).pid != os.getpid():
                     self._stand_by()
             _name_process("lazyd-server")
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
@@ -440,7 +447,7 @@ class _Family:
     def _await_office(self) -> None:
         while True:
             dead = self.keeper()
-            if not dead.is_dead(None) or self.keeper() != dead:
+            if not dead.is_dead(_LOOK_S) or self.keeper() != dead:
                 continue
             if self._words[_Word.ENDED]:
                 os._exit(0)

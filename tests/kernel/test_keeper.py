@@ -7,6 +7,8 @@ import errno
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -126,6 +128,66 @@ def test_a_death_is_counted_once_by_two_keepers(stage):
         wait_until(lambda daemon=daemon: not daemon.family(), f"the end; the daemon said:\n{daemon.output}")
         daemon.wait()
         assert "giving up" not in daemon.output
+
+
+GIVEN_AWAY = """
+import os, signal, time
+from pathlib import Path
+from lazyd.keeper import Work, _Family, _Holder, _Word
+
+def wait(condition):
+    while not condition():
+        pass
+
+def sleeper():
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(600)
+    return pid
+
+def is_dead(pid):
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+def nothing(*_):
+    pass
+
+here, elsewhere = sorted(os.sched_getaffinity(0))[:2]
+family = _Family(Work(nothing, nothing, nothing, nothing, nothing, succeed=lambda _: os._exit(7)))
+first = sleeper()
+os.sched_setaffinity(first, {elsewhere})
+number = os.pidfd_open(first)
+family._words[_Word.KEEPER] = _Holder(first, number).word()
+os.sched_setaffinity(0, {here})
+family.fork_standby()
+standby = family._standby
+wait(lambda: Path(f"/proc/{standby}/comm").read_text() == "lazyd-standby\\n")
+time.sleep(0.1)  # it sleeps in poll
+# From here on it cannot run, as on a busy machine: this takes its core.
+os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+os.kill(first, signal.SIGKILL)
+wait(lambda: is_dead(first))
+second = os.fork()
+if second == 0:
+    os.sched_setaffinity(0, {elsewhere})
+    time.sleep(600)
+os.sched_setaffinity(second, {elsewhere})
+os.dup2(os.pidfd_open(second), number)
+family._words[_Word.KEEPER] = _Holder(second, number).word()
+os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+time.sleep(0.1)
+os.kill(second, signal.SIGKILL)
+end = time.monotonic() + 20
+wait(lambda: is_dead(standby) or time.monotonic() > end)
+os.kill(standby, signal.SIGKILL)  # else it would stay
+print(os.waitstatus_to_exitcode(os.waitpid(standby, 0)[1]), flush=True)
+"""
+
+
+def test_a_standby_hears_of_a_keeper_whose_number_another_had(stage):
+    """It is woken by the first one's death, and finds the second one's pidfd when it gets to look."""
+    words = [sys.executable, "-c", GIVEN_AWAY]
+    run = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60, start_new_session=True)
+    assert (run.returncode, run.stdout) == (0, "7\n"), run.stderr
 
 
 @pytest.mark.parametrize("cut", ["connect", "announce"])
