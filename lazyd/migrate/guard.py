@@ -220,7 +220,7 @@ def _decide(inner: socket.socket, held: _Held, last: bytes) -> None:
 
 
 def _ask(held: _Held) -> int:
-    """Return the signal that says what to do; 0: the dumper has ended."""
+    """Return the signal that says what to do; 0: the dumper has ended. If the task has, nobody need say anything."""
     wanted: list[int] = []
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda number, _: wanted.append(number))
@@ -230,6 +230,8 @@ def _ask(held: _Held) -> int:
     while not wanted:
         if poll.poll(_LOOK_MS if is_told else 0):
             return 0
+        if held.brake.has_ended():
+            return signal.SIGTERM
         if not is_told:
             is_told = True
             os.write(2, f"lazyd migrate was killed; {how_to_decide(f'process {held.brake.pid}')}\n".encode())

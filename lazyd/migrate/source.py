@@ -348,6 +348,9 @@ class _Migration:
                     return self._stop(self._how_it_ended(code), "may run")
                 self._log.message("criu dump has ended with 0: its copy has all pages")
                 return 0
+            if self._guard.link_ended.is_set() and self._guard.brake.has_ended():
+                wanted.append(signal.SIGTERM)  # nobody need say it, and no pages can go to its copy any more
+                break
         if wanted[0] == signal.SIGUSR1:
             self._guard.let_go_at_end()
             self._log.message(f"process {self._settings.pid} goes on here")

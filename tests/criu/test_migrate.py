@@ -445,6 +445,26 @@ def test_who_stands_by_a_source_is_killed(old_hosts):
         old_hosts.assert_goes_on()
 
 
+def test_a_program_that_is_killed_while_it_is_held_needs_nobody_to_decide(old_hosts):
+    with running_copy(old_hosts) as (source, log, dumper, holder):
+        source.kill()
+        source.wait()
+        harness.wait_until(lambda: "is held" in log.read_text(), "what is left to ask")
+        os.kill(old_hosts.pid, signal.SIGKILL)
+        harness.wait_until(lambda: all(state_of(pid) in "ZX" for pid in (dumper, holder)), "the end of both")
+
+
+def test_a_program_that_is_killed_when_its_link_is_gone_needs_nobody_to_decide(old_hosts):
+    hosts = old_hosts
+    with false_destination(hosts) as (source, log, control, link):
+        control.sendall(message(b'{"word": "restoring"}') + message(b'{"word": "running", "pid": 1}'))
+        link.close()
+        harness.wait_until(lambda: "is held" in log.read_text(), "it to ask")
+        os.kill(hosts.pid, signal.SIGKILL)
+        assert wait(source, hosts) == 1
+    assert log.read_text().endswith(f"process {hosts.pid} is ended\n")
+
+
 def test_a_program_that_was_stopped_before_stays_so_when_it_is_let_go(old_hosts):
     os.kill(old_hosts.pid, signal.SIGSTOP)
     harness.wait_until(lambda: old_hosts.task_state == "T", "it to be stopped")
