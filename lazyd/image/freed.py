@@ -20,7 +20,7 @@ from lazyd.errors import SystemCallError
 from lazyd.image.checkpoint import PagesImage, load, load_shared
 from lazyd.image.pagemap import ExtentTable, Kind
 from lazyd.tuples import NamedTuple
-from lazyd.units import PAGE_SIZE
+from lazyd.units import PAGE_SIZE, counted
 
 _SHARED = re.compile(r"pagemap-shmem-(0|[1-9][0-9]*)\.img")
 
@@ -35,8 +35,8 @@ class Doubt(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.path}: {self.pages} dumped pages, the first at offset {self.offset}, are holes of the file and read"
-            " as zeros: lost, if a dump with --auto-dedup freed them (restore that one instead);"
+            f"{self.path}: {counted(self.pages, 'dumped page')} in holes of the file, from offset {self.offset} on,"
+            " which read as zeros: lost, if a dump with --auto-dedup freed them (restore that one instead);"
             " as they were, if the file was copied as a sparse one"
         )
 

@@ -58,6 +58,7 @@ class Settings(NamedTuple):
 def receive(settings: Settings, log: Log) -> int:
     """Take one migration; return 0 once all memory is there."""
     images = settings.images.absolute()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, nobody would hear how criu restore ended
     give_up_at_signals()
     try:
         images.mkdir(exist_ok=True)

@@ -19,6 +19,7 @@ import signal
 import socket
 import struct
 import threading
+import time
 from pathlib import Path
 
 from lazyd.hints import NoReturn
@@ -27,6 +28,8 @@ from lazyd.tuples import NamedTuple
 
 _PIPE_BYTES = 1 << 20
 _LOOK_MS = 200
+ENDS_WITHIN_S = 10.0
+"""How long a task may take to end that its dumper has ended."""
 _HOLDER_NAME = "migrate-holder"  # who ends all by the name of lazyd leaves it to ask
 _GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _HOLD, _LET_GO, _DONE = b"h", b"l", b"d"
@@ -51,7 +54,7 @@ class Guard:
         self._holder = 0
         self._to_holder = -1
         self.holder_fd = -1
-        """Readable once look() has something to do."""
+        """Readable once look() has something to do; -1: it has."""
         self._held: _Held | None = None
         self.let_go_at_end()
         link.settimeout(None)
@@ -71,26 +74,45 @@ class Guard:
             thread.start()
 
     def _make_holder(self) -> None:
-        """Make the process that stands by. It shares nothing with the threads here that one of them might hold."""
+        """Make the process that stands by; OSError. It needs nothing that one of the threads here might hold."""
         assert self._held is not None
-        reading, self._to_holder = os.pipe()
-        # Held back until it ignores them.
+        reading, writing = os.pipe()
+        # Held back until it ignores them, and until it is known here.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
-        self._holder = os.fork()
-        if not self._holder:
-            _hold_too(self._inner, reading, self._held)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        os.close(reading)
-        self.holder_fd = os.pidfd_open(self._holder)
-        self._tell_holder(_HOLD if self.holds else _LET_GO)
+        try:
+            holder = os.fork()
+            if not holder:
+                _hold_too(self._inner, reading, self._held, _HOLD if self.holds else _LET_GO)
+            try:
+                self.holder_fd = os.pidfd_open(holder)
+            except OSError:
+                os.kill(holder, signal.SIGKILL)
+                os.waitpid(holder, 0)
+                raise
+            self._holder, self._to_holder = holder, writing
+        except OSError:
+            os.close(writing)
+            raise
+        finally:
+            os.close(reading)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def look(self) -> None:
         """See that there is somebody who stands by: call it again and again."""
-        with contextlib.suppress(ChildProcessError):
-            if not self._has_ended and self._holder and os.waitpid(self._holder, os.WNOHANG)[0]:
-                os.close(self._to_holder)
-                os.close(self.holder_fd)
-                self._make_holder()
+        if self._has_ended or self._held is None:
+            return
+        if self._holder:
+            with contextlib.suppress(ChildProcessError):
+                if not os.waitpid(self._holder, os.WNOHANG)[0]:
+                    return
+            self._forget_holder()
+        with contextlib.suppress(OSError):  # tried again the next time
+            self._make_holder()
+
+    def _forget_holder(self) -> None:
+        os.close(self._to_holder)
+        os.close(self.holder_fd)
+        self._holder, self._to_holder, self.holder_fd = 0, -1, -1
 
     def let_go_at_end(self) -> None:
         """Have the source's task go on, should this process end."""
@@ -102,8 +124,8 @@ class Guard:
 
     def hold_at_end(self) -> None:
         """Have the source's task never go on, whatever happens to this process, or to the dumper."""
-        self.brake.put_on()
         self.holds = True
+        self.brake.put_on()
         self._inner.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ANY_TIME)
         self._tell_holder(_HOLD)
 
@@ -112,14 +134,18 @@ class Guard:
             with contextlib.suppress(BrokenPipeError):
                 os.write(self._to_holder, word)
 
+    def hang_up(self) -> None:
+        """End the link: what the destination still lacks cannot come."""
+        # A thread in a system call holds the socket open: shutting down what it reads wakes it.
+        with contextlib.suppress(OSError):
+            self._link.shutdown(socket.SHUT_RDWR)
+
     def end(self) -> None:
         """End the dumper's connection in the way that was said last; a second call does nothing."""
         if self._has_ended:
             return
         self._has_ended = True
-        # A thread in a system call holds the socket open: shutting down what it reads wakes it.
-        with contextlib.suppress(OSError):
-            self._link.shutdown(socket.SHUT_RDWR)
+        self.hang_up()
         if self.holds:
             with contextlib.suppress(OSError):
                 self._inner.shutdown(socket.SHUT_RDWR)
@@ -132,11 +158,9 @@ class Guard:
         self.for_dumper.close()
         if self._holder:
             self._tell_holder(_DONE)
-            os.close(self._to_holder)
-            os.close(self.holder_fd)
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(self._holder, 0)
-            self._holder = 0
+            self._forget_holder()
         if self._held is not None:
             os.close(self._held.dumper)
             self._held = None
@@ -183,7 +207,7 @@ class _Held(NamedTuple):
     brake: Brake
 
 
-def _hold_too(inner: socket.socket, reading: int, held: _Held) -> NoReturn:
+def _hold_too(inner: socket.socket, reading: int, held: _Held, last: bytes) -> NoReturn:
     """Hold the dumper's connection; if whoever writes to `reading` dies, do as was said last."""
     try:
         for number in _GROUP_SIGNALS:
@@ -191,14 +215,19 @@ def _hold_too(inner: socket.socket, reading: int, held: _Held) -> NoReturn:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _GROUP_SIGNALS)
         with contextlib.suppress(OSError):
             Path("/proc/self/comm").write_text(_HOLDER_NAME)
-        kept = sorted({2, reading, inner.fileno(), held.dumper})
+        kept = sorted({2, reading, inner.fileno(), held.dumper, *held.brake.descriptors})
         for low, high in zip([-1, *kept], [*kept, os.sysconf("SC_OPEN_MAX")], strict=True):
             os.closerange(low + 1, high)
-        last = _LET_GO
         while (said := os.read(reading, 1)) not in (b"", _DONE):
             last = said
+            if last == _HOLD:
+                held.brake.remember()  # to stop them is the guard's: here it might be too late
         if not said:
             _decide(inner, held, last)
+    except BaseException:
+        # To end would look like success. Whoever has a look finds this process, and can end it.
+        while last == _HOLD and not held.brake.has_ended():
+            time.sleep(_LOOK_MS / 1000)
     finally:
         os._exit(0)
 
@@ -214,13 +243,18 @@ def _decide(inner: socket.socket, held: _Held, last: bytes) -> None:
     elif wanted == signal.SIGUSR1:
         held.brake.take_off()
         _reset(inner)
-    elif not held.brake.has_ended():  # it would have, had the dumper come to its end
+    elif not held.brake.has_ended(ENDS_WITHIN_S):  # they would, had the dumper come to its end
         held.brake.put_on()
-        os.write(2, f"criu dump has died; {held.brake.how_it_stands('may run')}\n".encode())
+        _tell(f"criu dump has died; {held.brake.how_it_stands('may run')}")
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody may be there to read it any more
+        os.write(2, f"{text}\n".encode())
 
 
 def _ask(held: _Held) -> int:
-    """Return the signal that says what to do; 0: the dumper has ended. If the task has, nobody need say anything."""
+    """Return the signal that says what to do; 0: the dumper has ended. If the tasks have, nobody need say anything."""
     wanted: list[int] = []
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda number, _: wanted.append(number))
@@ -234,7 +268,7 @@ def _ask(held: _Held) -> int:
             return signal.SIGTERM
         if not is_told:
             is_told = True
-            os.write(2, f"lazyd migrate was killed; {how_to_decide(f'process {held.brake.pid}')}\n".encode())
+            _tell(f"lazyd migrate was killed; {how_to_decide(f'process {held.brake.pid}')}")
     return wanted[0]
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import resource
 import secrets
 import select
 import shutil
@@ -69,6 +70,9 @@ def migrate(settings: Settings, log: Log) -> int:
     if not Path(f"/proc/{settings.pid}").exists():
         raise DumpError(f"process {settings.pid}: no such process")
     _check_pipes(settings.pid)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, nobody would hear how the dumper ended
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one for each task
     give_up_at_signals()
     with contextlib.ExitStack() as stack:
         connect_once = _connector(settings, stack)
@@ -158,9 +162,14 @@ class _Migration:
             self._hear("restoring")
         except _DumperDiedError as error:
             raise self._not_dumped(str(error)) from error
-        self._guard.hold_at_end()
-        # It would take from the copy what that still needs.
+        # Before anything holds: given up then, the task would be neither let go nor ended as it should.
         refuse_signals(self._log, f"the copy at {self._control.peer} needs this process until it is full")
+        try:
+            self._guard.hold_at_end()
+            self._see_dumper()  # it may have let the task go on before that was held
+        except Exception as error:
+            self._guard.let_go_at_end()
+            raise self._not_dumped(str(error)) from error
         is_running = False
         try:
             self._control.say("go")
@@ -200,7 +209,9 @@ class _Migration:
         """
         assert self._dumper is not None
         with contextlib.ExitStack() as stack:
-            watched: list[socket.socket | int] = [self._control.stream, self._guard.holder_fd]
+            watched: list[socket.socket | int] = [self._control.stream]
+            if self._guard.holder_fd >= 0:
+                watched.append(self._guard.holder_fd)
             if self._dumper.returncode is None:
                 watched.append(pidfd := os.pidfd_open(self._dumper.pid))
                 stack.callback(os.close, pidfd)
@@ -208,14 +219,21 @@ class _Migration:
         if self._control.stream in ready:
             return True
         self._guard.look()
+        self._see_dumper()
+        return False
+
+    def _see_dumper(self) -> None:
+        """See that the dumper has not failed: _DumperDiedError."""
+        assert self._dumper is not None
         if self._dumper.poll():
             raise _DumperDiedError(self._how_it_ended(self._dumper.returncode))
-        return False
 
     def _how_it_ended(self, code: int) -> str:
         """Say how criu dump has failed. It has no last word when it is killed: what its log ends with is no reason."""
         if code < 0:
-            return f"criu dump was killed by {signal.Signals(-code).name}"
+            with contextlib.suppress(ValueError):  # not all have names
+                return f"criu dump was killed by {signal.Signals(-code).name}"
+            return f"criu dump was killed by signal {-code}"
         return f"criu dump has ended with {code}: {self._last_error()}"
 
     def _hear_ending(self) -> Said:
@@ -301,13 +319,14 @@ class _Migration:
         A destination whose restore has failed has the dumper let go, and says so a moment later. One whose copy runs
         says nothing more, if that lacks anything: the copy waits.
         """
-        self._guard.end()  # what a copy still lacks cannot come
+        self._guard.hang_up()
         copy = "runs and lacks memory"
         try:
+            if not is_running:
+                said = self._control.hear("running", "failed", "lost", timeout_s=_ANSWER_S)
+                is_running = said.word == "running"
             if is_running:
                 said = self._control.hear("full", "lost", timeout_s=_ON_ITS_WAY_S)
-            else:
-                said = self._control.hear("running", "failed", "lost", timeout_s=_ANSWER_S)
         except ProtocolError as error:
             if not is_running:
                 why = f"{why}; {error}"
@@ -331,7 +350,6 @@ class _Migration:
 
     def _hold(self, why: str) -> int:
         """Keep the task stopped, since its copy has run, until somebody decides."""
-        self._log.error(f"{why}; {how_to_decide(f'process {self._settings.pid}')}")
         decided = threading.Event()
         wanted = []
 
@@ -341,22 +359,36 @@ class _Migration:
 
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, decide)
-        while not decided.wait(0.5):
+        self._log.error(f"{why}; {how_to_decide(f'process {self._settings.pid}')}")
+        assert self._dumper is not None
+        while not decided.wait(_LOOK_S):
             self._guard.look()
-            if self._dumper is not None and (code := self._dumper.poll()) is not None:
-                if code:
-                    return self._stop(self._how_it_ended(code), "may run")
-                self._log.message("criu dump has ended with 0: its copy has all pages")
-                return 0
+            if self._dumper.poll() is not None:
+                return self._conclude("criu dump has ended with 0: its copy has all pages", 0)
             if self._guard.link_ended.is_set() and self._guard.brake.has_ended():
-                wanted.append(signal.SIGTERM)  # nobody need say it, and no pages can go to its copy any more
-                break
-        if wanted[0] == signal.SIGUSR1:
+                break  # nobody need say it, and no pages can go to its copy any more
+        if wanted and wanted[0] == signal.SIGUSR1:
             self._guard.let_go_at_end()
-            self._log.message(f"process {self._settings.pid} goes on here")
-        else:
-            self._log.message(f"process {self._settings.pid} is ended")
-        return 1
+            self.end_dumper()
+            if self._dumper.poll() is None:
+                self._log.error(f"criu dump does not let process {self._settings.pid} go: end it, kill -KILL")
+            else:
+                self._log.message(f"process {self._settings.pid} goes on here")
+            return 1
+        self.end_dumper()
+        return self._conclude(f"process {self._settings.pid} is ended", 1)
+
+    def _conclude(self, success: str, exit_code: int) -> int:
+        """Say what the end of the dumper, which held the task, has made of it, and return the exit code."""
+        assert self._dumper is not None
+        code = self._dumper.poll()
+        if code is None:
+            self._log.error("criu dump does not end")
+            return 1
+        if code:
+            return self._stop(self._how_it_ended(code), "may run")
+        self._log.message(success)
+        return exit_code
 
     def _finish(self, said: Said) -> int:
         assert self._dumper is not None

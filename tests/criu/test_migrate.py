@@ -43,12 +43,12 @@ class Hosts:
         self.temporary = folder / "temporary"
         self.temporary.mkdir()
 
-    def _start(self, host, name, words, criu):
+    def _start(self, host, name, words, criu, **more):
         log = self.folder / name
         words = [*harness.lazyd_command(), "migrate", *words, "--criu", criu or harness.criu_command(self.suite), "-j"]
         with log.open("wb") as out:
             null = subprocess.DEVNULL
-            streams = {"stdin": null, "stdout": out, "stderr": out}
+            streams = {"stdin": null, "stdout": out, "stderr": out} | more
             # One that is killed leaves its folder: in ours.
             variables = os.environ | {"TMPDIR": str(self.temporary)}
             process = subprocess.Popen(words, **streams, env=variables, preexec_fn=host.enter)  # noqa: PLW1509
@@ -71,9 +71,9 @@ class Hosts:
         harness.wait_until(lambda: "waiting for a migration" in log.read_text() or process.poll() is not None, "it")
         return process, log
 
-    def source(self, *extra, criu=None):
+    def source(self, *extra, criu=None, **streams):
         words = ["--pid", str(self.pid), "--to", f"{self.link.second}:{PORT}", *extra]
-        return self._start(self.there, "source.log", words, criu)
+        return self._start(self.there, "source.log", words, criu, **streams)
 
     def end_copy(self):
         if self.pidfile.exists():
@@ -225,10 +225,10 @@ def test_a_full_disk_at_the_destination_leaves_the_program(old_hosts):
 
 
 @contextlib.contextmanager
-def false_destination(hosts):
+def false_destination(hosts, **streams):
     """Take a source's connections and images as a destination would; yield (source, its log, control, link)."""
     with hosts.here.inside(), socket.create_server((hosts.link.second, PORT)) as listener:
-        source, log = hosts.source()
+        source, log = hosts.source(**streams)
         control, _ = listener.accept()
         control.sendall(message(b'{"word": "welcome"}'))
         link, _ = listener.accept()
@@ -366,10 +366,12 @@ def test_a_dumper_that_dies_while_the_copy_runs(old_hosts, is_whole):
     with false_destination(hosts) as (source, log, control, _):
         control.sendall(message(b'{"word": "restoring"}') + message(b'{"word": "running", "pid": 1}'))
         harness.wait_until(lambda: "running at" in log.read_text(), "it to hear that")
+        source.send_signal(signal.SIGSTOP)
         kill_dumper(source)
-        harness.wait_until(lambda: hosts.task_state == "T", "it to be stopped again")
+        harness.wait_until(lambda: hosts.task_state == "T", "it to be stopped")
         if is_whole:
             control.sendall(message(b'{"word": "full"}'))
+        source.send_signal(signal.SIGCONT)
         assert wait(source, hosts) == 1
     copy = "is whole" if is_whole else "runs and lacks memory"
     said = f"process {hosts.pid} and its children are stopped, as their copy {copy}:"
@@ -400,11 +402,13 @@ def test_a_dumper_that_dies_while_the_copy_is_filled(old_hosts):
 
 
 @contextlib.contextmanager
-def running_copy(hosts):
+def running_copy(hosts, **streams):
     """A source that is told that a copy runs; yield (source, its log, the dumper, the holder)."""
-    with false_destination(hosts) as (source, log, control, _):
+    with false_destination(hosts, **streams) as (source, log, control, _):
         control.sendall(message(b'{"word": "restoring"}') + message(b'{"word": "running", "pid": 1}'))
-        harness.wait_until(lambda: "running at" in log.read_text(), "it to hear that")
+        if not streams:  # else it says so elsewhere
+            harness.wait_until(lambda: "running at" in log.read_text(), "it to hear that")
+        harness.wait_until(lambda: holders_of(source) and b"go" in control.recv(1 << 10, socket.MSG_PEEK), "it to hold")
         yield source, log, *family_of(source)
 
 
@@ -423,11 +427,69 @@ def test_a_source_and_its_dumper_are_killed(old_hosts, is_asked):
         if is_asked:
             source.kill()
             harness.wait_until(lambda: "is held" in log.read_text(), "what is left to ask")
+        else:
+            source.send_signal(signal.SIGSTOP)  # it hears of nothing
         os.kill(dumper, signal.SIGKILL)
         source.kill()
         source.wait()
         assert_stopped(old_hosts, log)
         harness.wait_until(lambda: state_of(holder) in "ZX", "what is left to end")
+
+
+def test_what_is_left_holds_also_where_nobody_hears_it(old_hosts):
+    """Its standard error is a pipe that nobody reads any more, as of a terminal that is closed."""
+    reading, writing = os.pipe()
+    with running_copy(old_hosts, stderr=writing) as (source, _, dumper, holder):
+        os.close(writing)
+        os.close(reading)
+        source.kill()
+        source.wait()
+        time.sleep(0.5)
+        assert old_hosts.task_state == "t"
+        os.kill(dumper, signal.SIGKILL)
+        harness.wait_until(lambda: state_of(holder) in "ZX", "what is left to end")
+    assert old_hosts.task_state == "T"
+    os.kill(old_hosts.pid, signal.SIGCONT)
+    old_hosts.assert_goes_on()
+
+
+def test_who_was_stopped_before_and_goes_on_while_held_stops_too(old_hosts):
+    os.kill(old_hosts.pid, signal.SIGSTOP)
+    harness.wait_until(lambda: old_hosts.task_state == "T", "it to be stopped")
+    with running_copy(old_hosts) as (source, log, dumper, _):
+        os.kill(old_hosts.pid, signal.SIGCONT)
+        os.kill(dumper, signal.SIGKILL)
+        assert wait(source, old_hosts) == 1
+        assert "are stopped, as their copy runs and lacks memory" in log.read_text()
+        assert old_hosts.task_state == "T"
+    os.kill(old_hosts.pid, signal.SIGCONT)
+    old_hosts.assert_goes_on()
+
+
+def test_a_dumper_that_dies_before_its_tasks_are_held(old_hosts):
+    """The destination is ready at the same time: nothing is said to it that would have it run a copy."""
+    with false_destination(old_hosts) as (source, log, control, _):
+        source.send_signal(signal.SIGSTOP)
+        control.sendall(message(b'{"word": "restoring"}'))
+        dumper, _ = family_of(source)
+        os.kill(dumper, signal.SIGKILL)
+        harness.wait_until(lambda: state_of(dumper) in "ZX", "its end")
+        source.send_signal(signal.SIGCONT)
+        assert wait(source, old_hosts) == 1
+        with contextlib.suppress(ConnectionResetError):  # it may not have heard what it was told
+            assert control.recv(100) == b""
+    assert "criu dump was killed by SIGKILL; it goes on as it was" in log.read_text()
+    old_hosts.assert_goes_on()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_source_that_is_told_to_end_when_the_copy_may_run(old_hosts, number):
+    """It says that this is not the time, whenever it comes."""
+    with running_copy(old_hosts) as (source, log, _, _):
+        source.send_signal(number)
+        harness.wait_until(lambda: f"{number.name}: not now" in log.read_text(), "it to say so")
+        assert source.poll() is None
+        assert old_hosts.task_state == "t"
 
 
 def test_who_stands_by_a_source_is_killed(old_hosts):

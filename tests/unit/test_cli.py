@@ -312,8 +312,8 @@ def test_verify_counts_the_pages_that_are_holes_of_the_file(tmp_path, capsys):
     for name in ("pagemap-shmem-5.bak.img", "pagemap-shmem-05.img", "pagemap-shmem-1\u00b2.img"):
         shutil.copy(parent / "pagemap-5.img", parent / name)  # of no object that there can be
     for directory, said in (
-        (parent, "5 dumped pages, the first at offset 8192,"),
-        (youngest, "4 dumped pages, the first at offset 28672,"),
+        (parent, "5 dumped pages in holes of the file, from offset 8192 on,"),
+        (youngest, "4 dumped pages in holes of the file, from offset 28672 on,"),
     ):
         assert cli.main(["verify", str(directory)]) == 0
         doubt, last = capsys.readouterr().out.splitlines()

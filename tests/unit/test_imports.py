@@ -26,7 +26,7 @@ LEVELS = [
     {"session"},
     {"keeper", "uffd", "source", "target", "dump", "restore", "report", "restore_socket", "serve", "net"},
     {"image", "tcp", "tls", "wire"},
-    {"units", "errors"},
+    {"units", "errors", "outputs"},
     {"deferred", "tuples"},
     {"enums"},
     {"hints"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import stat
 import threading
 from pathlib import Path
@@ -48,13 +49,37 @@ def test_a_link_stays_one(tmp_path, is_there):
     assert target.read_text() == "new"
 
 
-def test_the_standard_output_of_a_pipe():
+def test_an_open_pipe():
     """As --stats /dev/stdout has it."""
     reading, writing = os.pipe()
+    check_writable(Path(f"/dev/fd/{writing}"))
     write_whole(Path(f"/dev/fd/{writing}"), "text")
     os.close(writing)
     with os.fdopen(reading) as pipe:
         assert pipe.read() == "text"
+
+
+@pytest.mark.parametrize("mode", ["w", "a"])
+def test_an_open_file_keeps_what_is_in_it(tmp_path, mode):
+    """As with --stats /dev/stdout > log, or >> log: other lines go there, before and after."""
+    path, link = tmp_path / "log", tmp_path / "link"
+    path.write_text("old\n")
+    with path.open(mode) as file:
+        file.write("first\n")
+        file.flush()
+        link.symlink_to(f"/proc/self/fd/{file.fileno()}")
+        check_writable(link)
+        write_whole(link, "text\n")
+        file.write("last\n")
+    assert path.read_text() == ("" if mode == "w" else "old\n") + "first\ntext\nlast\n"
+
+
+def test_an_open_socket():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        check_writable(Path(f"/dev/fd/{ours.fileno()}"))
+        write_whole(Path(f"/dev/fd/{ours.fileno()}"), "text")
+        assert theirs.recv(100) == b"text"
 
 
 def test_a_pipe_with_a_name(tmp_path):
@@ -79,11 +104,25 @@ def test_a_pipe_with_a_name(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "number"),
-    [("none/out", errno.ENOENT), ("file/out", errno.ENOTDIR), (".", errno.EISDIR), ("dangling/out", errno.ENOENT)],
+    [
+        ("none/out", errno.ENOENT),
+        ("file/out", errno.ENOTDIR),
+        (".", errno.EISDIR),
+        ("dangling/out", errno.ENOENT),
+        ("into-nowhere", errno.ENOENT),
+        ("socket", errno.ENXIO),
+        ("reading", errno.EBADF),
+    ],
 )
 def test_what_cannot_be_written_is_said_early(tmp_path, name, number):
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "into-nowhere").symlink_to("nowhere/out")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+    file = (tmp_path / "file").open()
+    (tmp_path / "reading").symlink_to(f"/dev/fd/{file.fileno()}")
     with pytest.raises(OSError, match="Errno") as failed:
         check_writable(tmp_path / name)
+    file.close()
     assert failed.value.errno == number
