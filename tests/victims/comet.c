@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // A program that is never the same process for long: comet STATE
 //
-// Its child makes a child and ends, and so does that, again and again. Each adds a byte to STATE/trail-N, where N is its
-// network namespace: so it is seen where one runs.
+// Its child makes a child and ends, and so does that, again and again. Each adds a byte to STATE/trail-N, where N is
+// its network namespace: so it is seen where one runs.
 
 #include <fcntl.h>
 #include <stdio.h>
