@@ -12,13 +12,13 @@ import bisect
 import errno
 import os
 import re
-import resource
 from collections.abc import Sequence
 from pathlib import Path
 
 from lazyd.errors import SystemCallError
 from lazyd.image.checkpoint import PagesImage, load, load_shared
 from lazyd.image.pagemap import ExtentTable, Kind
+from lazyd.limits import raise_descriptor_limit
 from lazyd.tuples import NamedTuple
 from lazyd.units import PAGE_SIZE, counted
 
@@ -43,8 +43,7 @@ class Doubt(NamedTuple):
 
 def find_freed(path: Path) -> list[Doubt]:
     """Return the doubtful pages images that a directory uses, its own and its parents'. verify() has found it good."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # as serving does: a long chain has many images
+    raise_descriptor_limit()  # as serving does: a long chain has many images
     with load(path) as checkpoint:
         found = _look(checkpoint.sources, [task.extents for task in checkpoint.tasks])
     names = [_SHARED.fullmatch(entry.name) for entry in path.iterdir()]

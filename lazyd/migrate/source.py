@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import resource
 import secrets
 import select
 import shutil
@@ -20,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lazyd.errors import DumpError, ProtocolError
+from lazyd.limits import raise_descriptor_limit
 from lazyd.migrate.brake import Brake
 from lazyd.migrate.conversation import VERSION, Conversation, Said, give_up_at_signals, refuse_signals
 from lazyd.migrate.guard import Guard, how_to_decide
@@ -71,8 +71,7 @@ def migrate(settings: Settings, log: Log) -> int:
         raise DumpError(f"process {settings.pid}: no such process")
     _check_pipes(settings.pid)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, nobody would hear how the dumper ended
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one for each task
+    raise_descriptor_limit()  # one for each task
     give_up_at_signals()
     with contextlib.ExitStack() as stack:
         connect_once = _connector(settings, stack)

@@ -7,7 +7,6 @@ clients at once the next one is hung up on, and said so.
 
 from __future__ import annotations
 
-import resource
 import select
 import socket
 import threading
@@ -17,6 +16,7 @@ from contextlib import suppress
 
 from lazyd.errors import LazydError
 from lazyd.hints import TYPE_CHECKING
+from lazyd.limits import raise_descriptor_limit
 from lazyd.serve.connection import Desk, serve_connection
 from lazyd.tcp import Peer, prepare
 
@@ -31,8 +31,7 @@ _RETRY_S = 0.5
 
 def prepare_process() -> None:
     """Have as many descriptors as may be had, for clients and pages images, and threads that take little."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    raise_descriptor_limit()
     threading.stack_size(_STACK_BYTES)
 
 

@@ -26,7 +26,7 @@ LEVELS = [
     {"session"},
     {"keeper", "uffd", "source", "target", "dump", "restore", "report", "restore_socket", "serve", "net"},
     {"image", "tcp", "tls", "wire"},
-    {"units", "errors", "outputs"},
+    {"units", "errors", "outputs", "limits"},
     {"deferred", "tuples"},
     {"enums"},
     {"hints"},
